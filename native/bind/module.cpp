@@ -1,0 +1,12 @@
+// edgert._native: the thin Python face of the core.
+#include "bind.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(_native, m) {
+  m.doc() = "edgert's native core";
+  bind_gguf(m);
+  bind_sampler(m);
+  bind_engine(m);
+  bind_probe(m);
+}
