@@ -207,7 +207,8 @@ class LlamaCppSession:
         self._check(tokens)
         for start in range(0, len(tokens), self._batch):
             self._decode(tokens[start : start + self._batch], every=False)
-        return self._rows(1)[0]
+        last: Logits = self._rows(1)[0]
+        return last
 
     def step(self, token: int) -> Logits:
         return self.prefill((token,))
