@@ -44,3 +44,7 @@ class EngineError(EdgertError):
 
 class UsageError(EdgertError):
     """An option or argument that makes no sense; the command line exits with 2."""
+
+
+class DownloadError(EdgertError):
+    """A model that could not be fetched, or that arrived damaged."""

@@ -1,27 +1,30 @@
-"""What every test may use: the real model files."""
+"""What every test may use."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from edgert.models.catalogue import find
 
-MODEL_FILES = {
-    "smollm2-135m": "SmolLM2-135M-Instruct.Q4_1.gguf",
-    "gemma-3-270m": "gemma-3-270m-q4_k_m.gguf",
-}
+from edgert import hub
 
 
 def real_model(name: str) -> Path:
-    """The file of a catalogue model: from the directory EDGERT_MODELS names, else from the cache of
-    `edgert pull`. Skips the test when it is in neither; tests download nothing."""
+    """The file of a catalogue model: from the directory EDGERT_MODELS, else from edgert's cache, fetched
+    into it when it is not there yet. Call it as a helper or take the fixture of the same name."""
+    entry = find(name)
+    assert entry is not None, f"{name} is not in the catalogue"
     directory = os.environ.get("EDGERT_MODELS")
-    if directory is None:
-        from edgert import hub
+    if directory:
+        path = Path(directory) / entry.file
+        if path.exists():
+            return path
+    return hub.resolve(name)
 
-        directory = str(hub.cache_dir())
-    found = sorted(Path(directory).rglob(MODEL_FILES[name]))
-    if not found:
-        pytest.skip(f"{MODEL_FILES[name]} is not in {directory}; get it with: edgert pull {name}")
-    return found[0]
+
+@pytest.fixture(scope="session", name="real_model")
+def _real_model() -> Callable[[str], Path]:
+    return real_model
