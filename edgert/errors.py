@@ -29,7 +29,9 @@ class UnsupportedModelError(EdgertError):
 class PlanError(EdgertError):
     """The run does not fit. ``needed`` and ``available`` are bytes; ``remedies`` are sentences."""
 
-    def __init__(self, message: str, needed: int = 0, available: int = 0, remedies: Sequence[str] = ()) -> None:
+    def __init__(
+        self, message: str, needed: int = 0, available: int = 0, remedies: Sequence[str] = ()
+    ) -> None:
         super().__init__(message)
         self.needed, self.available, self.remedies = needed, available, tuple(remedies)
 
