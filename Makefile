@@ -12,7 +12,7 @@ NATIVE := pyproject.toml CMakeLists.txt native native/bind \
   $(wildcard native/CMakeLists.txt native/*.cpp native/*.h native/bind/*)
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-slow test-arm lint stub bench fuzz sdist clean
+.PHONY: build demo test test-slow test-arm models lint stub bench fuzz sdist clean
 
 build: $(DONE)/edgert
 
@@ -20,11 +20,15 @@ demo: $(DONE)/edgert
 	@$(BIN)/edgert pull smollm2-135m
 	$(BIN)/edgert run smollm2-135m "Why is the sky blue?"
 
-test: lint $(DONE)/peer
+test: lint models
 	$(BIN)/python -m pytest -m "not slow and not arm"
 
-test-slow: $(DONE)/peer
+test-slow: models
 	$(BIN)/python -m pytest -m slow
+
+# The two real models of the tests, from the cache of `edgert pull` unless EDGERT_MODELS has them.
+models: $(DONE)/peer
+	@[ -n "$$EDGERT_MODELS" ] || for name in smollm2-135m gemma-3-270m; do $(BIN)/edgert pull $$name || exit 1; done
 
 # Needs Debian's g++-aarch64-linux-gnu and qemu-user.
 test-arm: $(DONE)/test
@@ -46,7 +50,7 @@ stub: $(DONE)/edgert $(DONE)/test
 	$(BIN)/ruff check -q --fix edgert/_native.pyi
 	$(BIN)/ruff format -q edgert/_native.pyi
 
-bench: $(DONE)/peer
+bench: models
 	$(BIN)/edgert bench
 
 fuzz: $(DONE)/test
@@ -88,5 +92,6 @@ $(DONE)/test: pyproject.toml | $(DONE)/edgert
 # the tools are left out; the kernels are what pip install would give.
 $(DONE)/peer: pyproject.toml | $(DONE)/test
 	@echo "llama-cpp-python is compiled the first time: 5 to 10 minutes on 2 cores"
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" SKBUILD_BUILD_TARGETS=llama $(PIP) install -q --group peer
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/cmake/llama_peer.cmake" \
+	  $(PIP) install -q --group peer
 	@touch $@
