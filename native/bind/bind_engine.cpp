@@ -1,3 +1,114 @@
-#include "bind.h"
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 
-void bind_engine(nanobind::module_&) {}
+#include <memory>
+
+#include "bind.h"
+#include "decoder.h"
+#include "error.h"
+
+namespace nb = nanobind;
+using namespace edgert;
+
+namespace {
+
+using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Logits = nb::ndarray<nb::numpy, float>;
+
+ModelSpec to_spec(nb::dict d) {
+  const auto u32 = [&](const char* key) { return nb::cast<uint32_t>(d[key]); };
+  const auto flag = [&](const char* key) { return nb::cast<bool>(d[key]); };
+  const auto real = [](nb::handle h) { return float(nb::cast<double>(h)); };
+  ModelSpec s;
+  s.dim = u32("dim");
+  s.n_heads = u32("n_heads");
+  s.head_dim = u32("head_dim");
+  s.ffn_dim = u32("ffn_dim");
+  s.vocab_size = u32("vocab_size");
+  s.context_length = u32("context_length");
+  s.norm_eps = real(d["norm_eps"]);
+  s.rope_dims = u32("rope_dims");
+  s.rope_interleaved = nb::cast<std::string>(d["rope_style"]) == "interleaved";
+  s.gelu = nb::cast<std::string>(d["activation"]) == "gelu_tanh";
+  s.attn_scale = real(d["attn_scale"]);
+  s.embed_scale = real(d["embed_scale"]);
+  s.qk_norm = flag("qk_norm");
+  s.qkv_bias = flag("qkv_bias");
+  s.post_norms = flag("post_norms");
+  s.rope_factors = flag("rope_factors");
+  s.tied_head = flag("tied_head");
+  s.conv_kernel = u32("conv_kernel");
+  s.output_norm = nb::cast<std::string>(d["output_norm"]);
+  for (nb::handle h : nb::cast<nb::list>(d["layers"])) {
+    const nb::dict l = nb::cast<nb::dict>(h);
+    LayerSpec layer;
+    layer.conv = nb::cast<std::string>(l["kind"]) == "conv";
+    layer.n_kv_heads = nb::cast<uint32_t>(l["n_kv_heads"]);
+    layer.window = nb::cast<uint32_t>(l["window"]);
+    layer.rope_base = real(l["rope_base"]);
+    layer.rope_scale = real(l["rope_scale"]);
+    s.layers.push_back(layer);
+  }
+  return s;
+}
+
+Logits forward(Decoder& d, KvCache& cache, Tokens tokens, bool all) {
+  const uint32_t n = uint32_t(tokens.shape(0));
+  const size_t vocab = d.spec().vocab_size, rows = all ? n : 1;
+  auto out = std::make_unique<float[]>(rows * vocab);
+  {
+    nb::gil_scoped_release release;
+    d.forward(cache, tokens.data(), n, all ? Decoder::Want::All : Decoder::Want::Last, out.get());
+  }
+  float* data = out.release();
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  if (all) return Logits(data, {rows, vocab}, owner);
+  return Logits(data, {vocab}, owner);
+}
+
+nb::dict memory(const Decoder& d) {
+  nb::dict m;
+  m["body"] = d.weights().body_bytes;
+  m["embedding"] = d.weights().embedding_bytes;
+  m["head"] = d.weights().head_bytes;
+  m["activations"] = d.activation_bytes();
+  return m;
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  nb::class_<Decoder>(m, "Model", "Packed weights of one model and the forward pass over them.")
+      .def(
+          "__init__",
+          [](Decoder* self, const GgufFile& file, nb::dict spec, uint32_t threads) {
+            const ModelSpec s = to_spec(spec);
+            nb::gil_scoped_release release;
+            new (self) Decoder(file, s, threads);
+          },
+          nb::arg("file"), nb::arg("spec"), nb::arg("threads") = 0)
+      .def_prop_ro("threads", &Decoder::threads)
+      .def_prop_ro("isa", [](const Decoder& d) { return isa_name(d.isa()); })
+      .def_prop_ro("vocab_size", [](const Decoder& d) { return d.spec().vocab_size; })
+      .def_prop_ro("step_weight_bytes", &Decoder::step_weight_bytes, "Bytes of weights one decode step reads.")
+      .def("memory", &memory, "Resident bytes by part.")
+      .def("forward", &forward, nb::arg("cache"), nb::arg("tokens").noconvert(), nb::arg("all_logits") = false,
+           "Appends int32 tokens; returns float32 logits after the last, [vocab], or after each, [n, vocab].");
+
+  nb::class_<KvCache>(m, "Cache", "KV cache of one sequence.")
+      .def(
+          "__init__",
+          [](KvCache* self, const Decoder& d, uint32_t context) { new (self) KvCache(d.spec(), context); },
+          nb::arg("model"), nb::arg("context"))
+      .def_prop_ro("length", &KvCache::length)
+      .def_prop_ro("context", &KvCache::context)
+      .def_prop_ro("nbytes", &KvCache::bytes)
+      .def_prop_ro("step_bytes", &KvCache::step_bytes, "Bytes of keys and values a step at this length reads.")
+      .def("rewind", &KvCache::rewind, nb::arg("length"))
+      .def("save",
+           [](const KvCache& c) {
+             const std::string s = c.save();
+             return nb::bytes(s.data(), s.size());
+           })
+      .def("load", [](KvCache& c, nb::bytes b) { c.load(std::string(b.c_str(), b.size())); }, nb::arg("state"));
+}

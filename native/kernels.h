@@ -1,0 +1,80 @@
+// What every ISA level offers: one table of functions. kernels_impl.h implements them once over a
+// handful of vector primitives; kernels_<isa>.cpp supplies the primitives and is the only place
+// compiled with that ISA's flags. Only plain pointers cross this line.
+//
+// All levels compute every float in the same order, so their results differ at most where an ISA
+// has no fused multiply-add.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.h"
+#include "packed.h"
+
+namespace edgert {
+
+// Activations of n tokens, quantised to int8 in blocks of 32: value = scale * q. Token i starts i
+// strides into each array. `fsum` are scale times the sum of the codes.
+struct QuantActs {
+  int8_t* q;        // [n][cols]
+  float* scale;     // [n][cols/32]
+  int32_t* sum16;   // [n][cols/16]
+  int32_t* sum32;   // [n][cols/32]
+  float* fsum16;    // [n][cols/16]
+  float* fsum32;    // [n][cols/32]
+  uint32_t cols;    // also the stride of q; the others have cols/16 or cols/32
+
+  QuantActs token(uint32_t i) const {
+    const size_t g16 = size_t(i) * (cols / 16), g32 = size_t(i) * (cols / 32);
+    return {q + size_t(i) * cols, scale + g32, sum16 + g16, sum32 + g32, fsum16 + g16, fsum32 + g32, cols};
+  }
+};
+
+// Attention of `rows` queries of one KV head to a run of pages of one chunk.
+inline constexpr uint32_t kPageTokens = 16;
+inline constexpr uint32_t kChunkPages = 16;
+inline constexpr uint32_t kChunkTokens = kPageTokens * kChunkPages;
+
+struct AttnChunk {
+  const float* const* q;         // [rows] pointers to head_dim floats, already scaled and rotated
+  const uint16_t* const* pages;  // [kChunkPages] page: K [head_dim][16] then V [16][head_dim], f16
+  const uint32_t* lo;            // [rows] first visible token, relative to the chunk
+  const uint32_t* hi;            // [rows] one past the last; lo == hi: the row skips the chunk
+  uint32_t rows, head_dim;
+  float* scores;                 // scratch, [16][kChunkTokens]
+  float* const* acc;             // [rows] -> head_dim floats: running sum of weights times V
+  float* max;                    // [rows] running maximum (-inf at the start)
+  float* sum;                    // [rows] running sum of weights
+};
+
+struct Kernels {
+  Isa isa;
+  uint32_t lanes;  // rows of a tile of PackedMatrix
+
+  // y[i][row] = sum over k of weight[row][k] * x[i][k] for the rows of tiles [begin, end); y points
+  // at the first row of tile `begin` and has room for whole tiles.
+  void (*matmul)(const PackedMatrix& w, uint32_t begin, uint32_t end, const QuantActs& x, uint32_t n, float* y,
+                 size_t y_stride);
+  // The same for F32, F16 and BF16 weights with float activations [n][cols].
+  void (*matmul_float)(const PackedMatrix& w, uint32_t begin, uint32_t end, const float* x, uint32_t n, float* y,
+                       size_t y_stride);
+  // Quantises one token's x[cols] (cols a multiple of 32) into `out`, a view of that token.
+  void (*quantize)(const float* x, const QuantActs& out);
+  // y = x / rms(x) * w; y may be x. n floats.
+  void (*rmsnorm)(const float* x, const float* w, float eps, uint32_t n, float* y);
+  void (*add)(float* x, const float* y, uint32_t n);                     // x += y
+  void (*gate_silu)(const float* gate, const float* up, uint32_t n, float* y);  // silu(gate) * up
+  void (*gate_gelu)(const float* gate, const float* up, uint32_t n, float* y);  // gelu_tanh(gate) * up
+  void (*attend)(const AttnChunk& c);
+  // Joins the running state (max, sum, acc) of a later chunk into that of the earlier ones.
+  void (*merge)(float* max, float* sum, float* acc, float max2, float sum2, const float* acc2, uint32_t head_dim);
+};
+
+const Kernels& kernels_scalar();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+const Kernels& kernels_neon();
+// The table of a level that isa_available() names.
+const Kernels& kernels_for(Isa isa);
+
+}  // namespace edgert

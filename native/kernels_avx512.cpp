@@ -1,0 +1,120 @@
+// AVX-512 F, BW, VL, DQ and VNNI: 16 rows a tile, integer dot products in one instruction.
+#include "kernels.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "formats.h"
+
+namespace edgert {
+namespace {
+
+constexpr int L = 16, NB = 8, NR = 12;
+constexpr uint32_t kMaxHeadDim = 256;
+struct VF { __m512 v; };
+struct VI { __m512i v; };
+struct VB { __m512i v; };
+
+inline VF vf_zero() { return {_mm512_setzero_ps()}; }
+inline VF vf_set1(float a) { return {_mm512_set1_ps(a)}; }
+inline VF vf_load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline VF vf_load_bytes(const uint8_t* p) { return {_mm512_loadu_ps(p)}; }
+inline void vf_store(float* p, VF a) { _mm512_storeu_ps(p, a.v); }
+inline VF vf_add(VF a, VF b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline VF vf_mul(VF a, VF b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline VF vf_div(VF a, VF b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline VF vf_max(VF a, VF b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline VF vf_min(VF a, VF b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline VF vf_fma(VF a, VF b, VF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline VF vf_mul_set1(VF a, float b) { return {_mm512_mul_ps(a.v, _mm512_set1_ps(b))}; }
+inline VF vf_sub_set1(VF a, float b) { return {_mm512_sub_ps(a.v, _mm512_set1_ps(b))}; }
+inline VF vf_abs(VF a) { return {_mm512_abs_ps(a.v)}; }
+inline VF vf_round(VF a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline float vf_hmax(VF a) { return _mm512_reduce_max_ps(a.v); }
+inline float vf_hsum(VF a) {
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  __m128 m = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  m = _mm_add_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
+}
+// p * 2^n for whole n in [-126, 127]
+inline VF vf_scale2(VF p, VF n) { return {_mm512_scalef_ps(p.v, n.v)}; }
+inline VF vf_zero_below(VF p, VF x, float limit) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GE_OQ), p.v)};
+}
+inline VF vf_from_f16(const void* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))}; }
+inline VF vf_from_bf16(const void* p) {
+  const __m256i h = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+inline __m128i load16b(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline VF vf_from_u8(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load16b(p)))}; }
+inline VF vf_from_i8(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16b(p)))}; }
+inline VF vf_from_low_nibbles(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_cvtepu8_epi32(load16b(p)), _mm512_set1_epi32(15)))};
+}
+inline VF vf_from_high_nibbles(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(load16b(p)), 4))};
+}
+inline VF vf_from_vi(VI a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// Rounds to nearest even and stores L bytes; |a| <= 127.
+inline void vf_store_i8(int8_t* p, VF a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+inline VI vi_sub_set1(VI a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
+
+inline VB vb_load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline VB vb_and(VB a, int b) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(char(b)))}; }
+inline VB vb_or(VB a, VB b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline VB vb_shr(VB a, int n) { return {_mm512_srli_epi16(a.v, unsigned(n))}; }  // the neighbour's bits are masked off
+inline VB vb_shl(VB a, int n) { return {_mm512_slli_epi16(a.v, unsigned(n))}; }
+inline VB vb_lookup(const int8_t* table, VB i) {
+  const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), i.v)};
+}
+inline void vb_prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+inline __m512i quad(const int8_t* a) {
+  int32_t v;
+  std::memcpy(&v, a, 4);
+  return _mm512_set1_epi32(v);
+}
+
+// Unsigned codes times int8.
+template <int>
+struct Dot {
+  struct Codes {
+    explicit Codes(VB b) : c(b.v) {}
+    __m512i c;
+  };
+  __m512i s = _mm512_setzero_si512();
+  [[gnu::always_inline]] void add(const Codes& k, const int8_t* a) { s = _mm512_dpbusd_epi32(s, k.c, quad(a)); }
+  [[gnu::always_inline]] VI total(int32_t) { return {s}; }
+};
+
+// Signed codes: the instruction wants one side unsigned, so 128 is added to the codes and 128 times
+// the activations taken off again.
+struct DotSigned {
+  struct Codes {
+    explicit Codes(VB b) : c(_mm512_xor_si512(b.v, _mm512_set1_epi8(char(0x80)))) {}
+    __m512i c;
+  };
+  __m512i s = _mm512_setzero_si512();
+  [[gnu::always_inline]] void add(const Codes& k, const int8_t* a) { s = _mm512_dpbusd_epi32(s, k.c, quad(a)); }
+  [[gnu::always_inline]] VI total(int32_t sum) { return {_mm512_sub_epi32(s, _mm512_set1_epi32(128 * sum))}; }
+};
+
+#include "kernels_impl.h"
+
+constexpr Kernels kTable = make_kernels(Isa::Avx512Vnni);
+
+}  // namespace
+
+const Kernels& kernels_avx512() { return kTable; }
+
+}  // namespace edgert

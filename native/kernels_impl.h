@@ -1,0 +1,383 @@
+// The kernels, once for all ISA levels. A kernels_<isa>.cpp defines, in its own anonymous namespace
+// before including this file:
+//   L               float lanes (8 or 16); NB, the most tokens a matmul step takes at once;
+//                   NR, the most query rows an attention step takes at once
+//   VF, VI, VB      L floats, L int32, L*4 bytes
+//   vf_*, vi_*, vb_*  the primitives used below
+//   Dot<bits>, DotSigned   sums of products of codes with four activation bytes a lane: type Codes
+//                   built from a VB, add(Codes, const int8_t* quad), total(sum of the activations)
+// No `#pragma once`: every ISA file includes its own copy, so no inline function is shared.
+
+// Calls f(constant<0>) ... f(constant<N-1>): indices known early, so that arrays of vectors stay in
+// registers.
+template <class F, int... I>
+[[gnu::always_inline]] inline void unroll_over(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+[[gnu::always_inline]] inline void unroll(F&& f) {
+  unroll_over(f, std::make_integer_sequence<int, N>{});
+}
+
+template <const Format& F>
+inline VB load_quad(const uint8_t* c, int j) {
+  constexpr int V = L * 4;
+  if constexpr (F.bits == 8) {
+    return vb_load(c + j * V);
+  } else if constexpr (F.bits >= 4) {
+    VB q = vb_load(c + (j % 4) * V);
+    q = j < 4 ? vb_and(q, 15) : vb_and(vb_shr(q, 4), 15);
+    if constexpr (F.code == CodeKind::Table) q = vb_lookup(code_table(F.type), q);
+    if constexpr (F.bits == 5) {
+      const VB h = vb_load(c + 4 * V);
+      q = vb_or(q, vb_and(j <= 4 ? vb_shl(h, 4 - j) : vb_shr(h, j - 4), 16));
+    }
+    if constexpr (F.bits == 6) {
+      const VB h = vb_load(c + (4 + j / 4) * V);
+      const int s = 2 * (j % 4);
+      q = vb_or(q, vb_and(s <= 4 ? vb_shl(h, 4 - s) : vb_shr(h, s - 4), 48));
+    }
+    return q;
+  } else {
+    VB q = vb_and(vb_shr(vb_load(c + (j / 4) * V), 2 * (j % 4)), 3);
+    if constexpr (F.bits == 3) {
+      const VB h = vb_load(c + 2 * V);
+      q = vb_or(q, vb_and(j <= 2 ? vb_shl(h, 2 - j) : vb_shr(h, j - 2), 4));
+    }
+    return q;
+  }
+}
+
+template <const Format& F>
+using DotOf = std::conditional_t<F.code == CodeKind::Plain, Dot<F.bits>, DotSigned>;
+
+template <const Format& F, int N>
+inline void matmul_tile(const uint8_t* w, uint32_t cols, const QuantActs* x, float* y, size_t y_stride) {
+  constexpr int groups = 32 / F.group;
+  VF acc[N], d = vf_zero(), dmin = vf_zero();
+  unroll<N>([&](auto n) { acc[n] = vf_zero(); });
+  const uint32_t blocks = cols / 32;
+  for (uint32_t b = 0; b < blocks; ++b) {
+    if (F.scale != ScaleKind::Super || b % 8 == 0) {
+      d = F.scale == ScaleKind::BF16 ? vf_from_bf16(w) : vf_from_f16(w);
+      if constexpr (F.has_min) dmin = vf_from_f16(w + 2 * L);
+      if constexpr (F.scale == ScaleKind::Super) w += L * super_header_bytes(F);
+    }
+    const uint8_t* codes = w + L * (block_bytes(F) - code_bytes(F));
+    // A block ahead of the hardware prefetcher's page limit.
+    vb_prefetch(w + 2048);
+    unroll<groups>([&](auto g) {
+      DotOf<F> dot[N];
+      unroll<8 / groups>([&](auto i) {
+        constexpr int j = g * (8 / groups) + i;
+        const typename DotOf<F>::Codes c(load_quad<F>(codes, j));
+        unroll<N>([&](auto n) { dot[n].add(c, x[n].q + b * 32 + j * 4); });
+      });
+      VF scale = d, min = dmin;
+      if constexpr (F.scale == ScaleKind::Super) {
+        const uint8_t* sc = w + g * L;
+        if constexpr (F.nibble_pair) {
+          scale = vf_mul(d, vf_from_low_nibbles(sc));
+          min = vf_mul(dmin, vf_from_high_nibbles(sc));
+        } else {
+          if constexpr (F.type == DType::Q6_K)
+            scale = vf_mul(d, vf_from_i8(sc));
+          else
+            scale = vf_mul(d, vf_sub_set1(vf_from_u8(sc), float(F.scale_bias)));
+          if constexpr (F.has_min) min = vf_mul(dmin, vf_from_u8(w + (groups + g) * L));
+        }
+      }
+      unroll<N>([&](auto n) {
+        const int32_t sum = groups == 2 ? x[n].sum16[b * 2 + g] : x[n].sum32[b];
+        VI s = dot[n].total(sum);
+        if constexpr (F.offset != 0) s = vi_sub_set1(s, F.offset * sum);
+        acc[n] = vf_fma(vf_mul_set1(vf_from_vi(s), x[n].scale[b]), scale, acc[n]);
+        if constexpr (F.has_min) {
+          const float fs = groups == 2 ? x[n].fsum16[b * 2 + g] : x[n].fsum32[b];
+          // The 256-wide types subtract their minimum.
+          acc[n] = vf_fma(min, vf_set1(F.scale == ScaleKind::Super ? -fs : fs), acc[n]);
+        }
+      });
+    });
+    w += L * block_bytes(F);
+  }
+  unroll<N>([&](auto n) { vf_store(y + n * y_stride, acc[n]); });
+}
+
+// Calls f.template operator()<N>(first) for n items in steps of NB, then of what is left.
+template <int N, class F>
+inline void in_steps(uint32_t i, uint32_t n, F&& f) {
+  for (; i + N <= n; i += N) f.template operator()<N>(i);
+  if constexpr (N > 1) {
+    if (i < n) in_steps<N / 2>(i, n, f);
+  }
+}
+
+template <const Format& F>
+void matmul_format(const PackedMatrix& w, uint32_t begin, uint32_t end, const QuantActs& x, uint32_t n, float* y,
+                   size_t y_stride) {
+  for (uint32_t t = begin; t < end; ++t)
+    in_steps<NB>(0, n, [&]<int N>(uint32_t i) {
+      QuantActs xs[N];
+      for (int k = 0; k < N; ++k) xs[k] = x.token(i + k);
+      matmul_tile<F, N>(w.tile(t), w.cols, xs, y + i * y_stride + size_t(t - begin) * L, y_stride);
+    });
+}
+
+template <size_t... I>
+void matmul_dispatch(const PackedMatrix& w, uint32_t begin, uint32_t end, const QuantActs& x, uint32_t n, float* y,
+                     size_t y_stride, std::index_sequence<I...>) {
+  (void)((w.type == kFormats[I].type &&
+          (matmul_format<kFormats[I]>(w, begin, end, x, n, y, y_stride), true)) || ...);
+}
+
+void matmul(const PackedMatrix& w, uint32_t begin, uint32_t end, const QuantActs& x, uint32_t n, float* y,
+            size_t y_stride) {
+  matmul_dispatch(w, begin, end, x, n, y, y_stride, std::make_index_sequence<std::size(kFormats)>{});
+}
+
+template <DType T>
+inline VF load_weight(const uint8_t* w, uint32_t k) {
+  if constexpr (T == DType::F32) return vf_load_bytes(w + size_t(k) * L * 4);
+  else if constexpr (T == DType::F16) return vf_from_f16(w + size_t(k) * L * 2);
+  else return vf_from_bf16(w + size_t(k) * L * 2);
+}
+
+template <DType T, int N>
+inline void matmul_float_tile(const uint8_t* w, uint32_t cols, const float* x, size_t x_stride, float* y,
+                              size_t y_stride) {
+  VF even[N], odd[N];  // two chains hide the latency of a multiply-add
+  unroll<N>([&](auto n) { even[n] = odd[n] = vf_zero(); });
+  uint32_t k = 0;
+  for (; k + 2 <= cols; k += 2) {
+    const VF a = load_weight<T>(w, k), b = load_weight<T>(w, k + 1);
+    unroll<N>([&](auto n) {
+      even[n] = vf_fma(a, vf_set1(x[n * x_stride + k]), even[n]);
+      odd[n] = vf_fma(b, vf_set1(x[n * x_stride + k + 1]), odd[n]);
+    });
+  }
+  if (k < cols)
+    unroll<N>([&](auto n) { even[n] = vf_fma(load_weight<T>(w, k), vf_set1(x[n * x_stride + k]), even[n]); });
+  unroll<N>([&](auto n) { vf_store(y + n * y_stride, vf_add(even[n], odd[n])); });
+}
+
+template <DType T>
+void matmul_float_type(const PackedMatrix& w, uint32_t begin, uint32_t end, const float* x, uint32_t n, float* y,
+                       size_t y_stride) {
+  for (uint32_t t = begin; t < end; ++t)
+    in_steps<4>(0, n, [&]<int N>(uint32_t i) {
+      matmul_float_tile<T, N>(w.tile(t), w.cols, x + size_t(i) * w.cols, w.cols, y + i * y_stride + size_t(t - begin) * L,
+                              y_stride);
+    });
+}
+
+void matmul_float(const PackedMatrix& w, uint32_t begin, uint32_t end, const float* x, uint32_t n, float* y,
+                  size_t y_stride) {
+  if (w.type == DType::F32) matmul_float_type<DType::F32>(w, begin, end, x, n, y, y_stride);
+  if (w.type == DType::F16) matmul_float_type<DType::F16>(w, begin, end, x, n, y, y_stride);
+  if (w.type == DType::BF16) matmul_float_type<DType::BF16>(w, begin, end, x, n, y, y_stride);
+}
+
+void quantize(const float* x, const QuantActs& out) {
+  for (uint32_t b = 0; b < out.cols / 32; ++b, x += 32) {
+    VF m = vf_zero();
+    for (int i = 0; i < 32; i += L) m = vf_max(m, vf_abs(vf_load(x + i)));
+    const float amax = vf_hmax(m);
+    // Below this the inverse overflows; such a block is zero at the precision of anything it meets.
+    const float inv = amax > 1e-30f ? 127.0f / amax : 0.0f;
+    const float scale = amax > 1e-30f ? amax / 127.0f : 0.0f;
+    int8_t* q = out.q + b * 32;
+    for (int i = 0; i < 32; i += L) vf_store_i8(q + i, vf_mul_set1(vf_load(x + i), inv));
+    int32_t lo = 0, hi = 0;
+    for (int i = 0; i < 16; ++i) lo += q[i], hi += q[16 + i];
+    out.scale[b] = scale;
+    out.sum16[2 * b] = lo;
+    out.sum16[2 * b + 1] = hi;
+    out.sum32[b] = lo + hi;
+    out.fsum16[2 * b] = scale * float(lo);
+    out.fsum16[2 * b + 1] = scale * float(hi);
+    out.fsum32[b] = scale * float(lo + hi);
+  }
+}
+
+void rmsnorm(const float* x, const float* w, float eps, uint32_t n, float* y) {
+  VF s = vf_zero();
+  uint32_t i = 0;
+  for (; i + L <= n; i += L) s = vf_fma(vf_load(x + i), vf_load(x + i), s);
+  float sum = vf_hsum(s);
+  for (; i < n; ++i) sum += x[i] * x[i];
+  const float f = 1.0f / std::sqrt(sum / float(n) + eps);
+  for (i = 0; i + L <= n; i += L) vf_store(y + i, vf_mul(vf_mul_set1(vf_load(x + i), f), vf_load(w + i)));
+  for (; i < n; ++i) y[i] = x[i] * f * w[i];
+}
+
+void add(float* x, const float* y, uint32_t n) {
+  uint32_t i = 0;
+  for (; i + L <= n; i += L) vf_store(x + i, vf_add(vf_load(x + i), vf_load(y + i)));
+  for (; i < n; ++i) x[i] += y[i];
+}
+
+// exp(x) for x <= 88, relative error under 2e-7 (Cephes' polynomial); 0 below -87.
+inline VF vf_exp(VF x) {
+  x = vf_min(x, vf_set1(88.0f));
+  const VF n = vf_round(vf_mul_set1(x, 1.44269504088896341f));
+  VF r = vf_fma(n, vf_set1(-0.693359375f), x);
+  r = vf_fma(n, vf_set1(2.12194440e-4f), r);
+  VF p = vf_set1(1.9875691500e-4f);
+  p = vf_fma(p, r, vf_set1(1.3981999507e-3f));
+  p = vf_fma(p, r, vf_set1(8.3334519073e-3f));
+  p = vf_fma(p, r, vf_set1(4.1665795894e-2f));
+  p = vf_fma(p, r, vf_set1(1.6666665459e-1f));
+  p = vf_fma(p, r, vf_set1(5.0000001201e-1f));
+  p = vf_fma(vf_mul(r, r), p, vf_add(r, vf_set1(1.0f)));
+  return vf_zero_below(vf_scale2(p, n), x, -87.0f);
+}
+
+// 1 / (1 + exp(-x))
+inline VF vf_sigmoid(VF x) { return vf_div(vf_set1(1.0f), vf_add(vf_set1(1.0f), vf_exp(vf_mul_set1(x, -1.0f)))); }
+
+inline VF silu(VF g) { return vf_mul(g, vf_sigmoid(g)); }
+
+// 0.5 g (1 + tanh(u)) = g sigmoid(2u), u = sqrt(2/pi) (g + 0.044715 g^3)
+inline VF gelu(VF g) {
+  const VF g3 = vf_mul(vf_mul(g, g), g);
+  const VF u = vf_mul_set1(vf_fma(g3, vf_set1(0.044715f), g), 1.5957691216057308f);
+  return vf_mul(g, vf_sigmoid(u));
+}
+
+template <VF (*A)(VF)>
+inline void gated(const float* gate, const float* up, uint32_t n, float* y) {
+  uint32_t i = 0;
+  for (; i + L <= n; i += L) vf_store(y + i, vf_mul(A(vf_load(gate + i)), vf_load(up + i)));
+  if (i < n) {
+    float g[L] = {}, u[L] = {}, out[L];
+    std::memcpy(g, gate + i, (n - i) * 4);
+    std::memcpy(u, up + i, (n - i) * 4);
+    vf_store(out, vf_mul(A(vf_load(g)), vf_load(u)));
+    std::memcpy(y + i, out, (n - i) * 4);
+  }
+}
+
+void gate_silu(const float* gate, const float* up, uint32_t n, float* y) { gated<silu>(gate, up, n, y); }
+void gate_gelu(const float* gate, const float* up, uint32_t n, float* y) { gated<gelu>(gate, up, n, y); }
+
+constexpr int PV = kPageTokens / L;  // vectors across the tokens of a page
+
+template <int N>
+inline void page_scores(const uint16_t* k, const uint16_t* next, const float* const* q, uint32_t head_dim,
+                        float* scores) {
+  VF acc[N][PV];
+  unroll<N>([&](auto n) { unroll<PV>([&](auto v) { acc[n][v] = vf_zero(); }); });
+  for (uint32_t d = 0; d < head_dim; ++d) {
+    if (d % 2 == 0) vb_prefetch(next + d * kPageTokens);
+    VF kv[PV];
+    unroll<PV>([&](auto v) { kv[v] = vf_from_f16(k + d * kPageTokens + v * L); });
+    unroll<N>([&](auto n) {
+      const VF qd = vf_set1(q[n][d]);
+      unroll<PV>([&](auto v) { acc[n][v] = vf_fma(kv[v], qd, acc[n][v]); });
+    });
+  }
+  unroll<N>([&](auto n) {
+    unroll<PV>([&](auto v) { vf_store(scores + n * kChunkTokens + v * L, acc[n][v]); });
+  });
+}
+
+template <int N>
+inline void page_values(const uint16_t* v, const uint16_t* next, const float* weights, uint32_t head_dim,
+                        float* const* acc) {
+  constexpr int C = 16 / L;  // head_dim is a multiple of 16
+  for (uint32_t d = 0; d < head_dim; d += C * L) {
+    VF a[N][C];
+    unroll<N>([&](auto n) { unroll<C>([&](auto c) { a[n][c] = vf_load(acc[n] + d + c * L); }); });
+    for (uint32_t t = 0; t < kPageTokens; ++t) {
+      if (t % 2 == 0) vb_prefetch(next + t * head_dim + d);
+      VF vv[C];
+      unroll<C>([&](auto c) { vv[c] = vf_from_f16(v + t * head_dim + d + c * L); });
+      unroll<N>([&](auto n) {
+        const VF w = vf_set1(weights[n * kChunkTokens + t]);
+        unroll<C>([&](auto c) { a[n][c] = vf_fma(vv[c], w, a[n][c]); });
+      });
+    }
+    unroll<N>([&](auto n) { unroll<C>([&](auto c) { vf_store(acc[n] + d + c * L, a[n][c]); }); });
+  }
+}
+
+// Calls f<N>(first) with N = NR, then once with what is left.
+template <int N, class F>
+inline void in_rows(uint32_t i, uint32_t rows, F&& f) {
+  for (; i + N <= rows; i += N) f.template operator()<N>(i);
+  if constexpr (N > 1) {
+    if (i < rows) in_rows<N - 1>(i, rows, f);
+  }
+}
+
+void merge(float* max, float* sum, float* acc, float max2, float sum2, const float* acc2, uint32_t head_dim) {
+  const float m = *max > max2 ? *max : max2;
+  float both[L] = {*max - m, max2 - m};
+  vf_store(both, vf_exp(vf_load(both)));
+  const VF a = vf_set1(both[0]), b = vf_set1(both[1]);
+  *sum = both[0] * *sum + both[1] * sum2;
+  *max = m;
+  for (uint32_t d = 0; d < head_dim; d += L)
+    vf_store(acc + d, vf_fma(vf_load(acc2 + d), b, vf_mul(vf_load(acc + d), a)));
+}
+
+void attend(const AttnChunk& c) {
+  in_rows<NR>(0, c.rows, [&]<int N>(uint32_t r) {
+    uint32_t lo = kChunkTokens, hi = 0;
+    for (int n = 0; n < N; ++n)
+      if (c.lo[r + n] < c.hi[r + n]) {
+        lo = std::min(lo, c.lo[r + n]);
+        hi = std::max(hi, c.hi[r + n]);
+      }
+    if (lo >= hi) return;
+    const uint32_t first = lo / kPageTokens, last = (hi + kPageTokens - 1) / kPageTokens;
+    float* scores = c.scores;
+    const size_t v_at = size_t(c.head_dim) * kPageTokens;
+    for (uint32_t p = first; p < last; ++p)
+      page_scores<N>(c.pages[p], c.pages[p + 1 < last ? p + 1 : first] + (p + 1 < last ? 0 : v_at), c.q + r,
+                     c.head_dim, scores + p * kPageTokens);
+    float max[N], sum[N];
+    for (int n = 0; n < N; ++n) {
+      float* s = scores + n * kChunkTokens;
+      const uint32_t a = c.lo[r + n], b = c.hi[r + n];
+      for (uint32_t t = first * kPageTokens; t < a; ++t) s[t] = -INFINITY;
+      for (uint32_t t = b; t < last * kPageTokens; ++t) s[t] = -INFINITY;
+      VF m = vf_set1(-INFINITY);
+      for (uint32_t t = first * kPageTokens; t < last * kPageTokens; t += L) m = vf_max(m, vf_load(s + t));
+      max[n] = vf_hmax(m);
+      if (a >= b) max[n] = 0;  // every weight of this row becomes exp(-inf) = 0
+      VF total = vf_zero();
+      for (uint32_t t = first * kPageTokens; t < last * kPageTokens; t += L) {
+        const VF e = vf_exp(vf_sub_set1(vf_load(s + t), max[n]));
+        vf_store(s + t, e);
+        total = vf_add(total, e);
+      }
+      sum[n] = vf_hsum(total);
+    }
+    float acc[N][kMaxHeadDim];
+    float* accp[N];
+    for (int n = 0; n < N; ++n) {
+      accp[n] = acc[n];
+      std::memset(acc[n], 0, c.head_dim * sizeof(float));
+    }
+    for (uint32_t p = first; p < last; ++p)
+      page_values<N>(c.pages[p] + v_at, c.pages[p + 1 < last ? p + 1 : p] + v_at, scores + p * kPageTokens, c.head_dim,
+                     accp);
+    for (int n = 0; n < N; ++n) {
+      if (c.lo[r + n] >= c.hi[r + n]) continue;
+      if (c.sum[r + n] == 0) {  // first chunk this row sees
+        c.max[r + n] = max[n];
+        c.sum[r + n] = sum[n];
+        std::memcpy(c.acc[r + n], acc[n], c.head_dim * sizeof(float));
+      } else {
+        merge(c.max + r + n, c.sum + r + n, c.acc[r + n], max[n], sum[n], acc[n], c.head_dim);
+      }
+    }
+  });
+}
+
+constexpr Kernels make_kernels(Isa isa) {
+  return {isa,     L,   matmul,    matmul_float, quantize, rmsnorm,
+          add, gate_silu, gate_gelu, attend,       merge};
+}

@@ -1,0 +1,154 @@
+#include "kv.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "error.h"
+
+namespace edgert {
+namespace {
+
+constexpr size_t kSlab = size_t(4) << 20;
+constexpr uint32_t kMagic = 0x564b4545;  // "EEKV"
+
+}  // namespace
+
+KvCache::KvCache(const ModelSpec& spec, uint32_t context)
+    : context_(context), dim_(spec.dim), page_bytes_(size_t(2) * 2 * kPageTokens * spec.head_dim) {
+  if (context == 0) throw EngineError("a session needs a context of at least 1 token");
+  uint32_t convs = 0;
+  for (const LayerSpec& l : spec.layers) {
+    Place p;
+    if (l.conv) {
+      p.conv = true;
+      p.offset = convs++;
+      conv_reach_ = spec.conv_kernel - 1;
+    } else {
+      uint32_t i = 0;
+      while (i < classes_.size() && classes_[i].window != l.window) ++i;
+      if (i == classes_.size()) {
+        Class c;
+        c.window = l.window;
+        if (l.window && l.window < context)
+          c.ring = (l.window + kMaxChunk + kPageTokens - 1) / kPageTokens + 1;
+        classes_.push_back(std::move(c));
+      }
+      p.cls = i;
+      p.offset = classes_[i].group_bytes;
+      p.kv_heads = l.n_kv_heads;
+      classes_[i].group_bytes += page_bytes_ * l.n_kv_heads;
+    }
+    places_.push_back(p);
+  }
+  conv_buffer_ = Buffer(size_t(convs) * kConvRing * dim_ * sizeof(float), "the convolution state");
+  conv_ = reinterpret_cast<float*>(conv_buffer_.data());
+}
+
+size_t KvCache::bytes() const {
+  size_t n = conv_buffer_.bytes();
+  for (const Class& c : classes_)
+    for (const Buffer& b : c.slabs) n += b.bytes();
+  return n;
+}
+
+size_t KvCache::groups_needed(const Class& c, uint32_t length) const {
+  const size_t n = (size_t(length) + kPageTokens - 1) / kPageTokens;
+  return c.ring ? std::min<size_t>(n, c.ring) : n;
+}
+
+void KvCache::grow(Class& c, size_t groups) {
+  while (c.groups.size() < groups) {
+    if (c.slabs.empty() || c.slab_used + c.group_bytes > c.slabs.back().bytes()) {
+      c.slabs.emplace_back(std::max(kSlab, c.group_bytes), "the KV cache");
+      c.slab_used = 0;
+    }
+    c.groups.push_back(c.slabs.back().data() + c.slab_used);
+    c.slab_used += c.group_bytes;
+  }
+}
+
+void KvCache::reserve(uint32_t length) {
+  if (length > context_)
+    throw EngineError("the sequence would be " + std::to_string(length) + " tokens, the context holds " +
+                      std::to_string(context_) + ": shorten the prompt or load with a larger context");
+  for (Class& c : classes_) grow(c, groups_needed(c, length));
+}
+
+void KvCache::set_length(uint32_t length) {
+  length_ = length;
+  high_ = std::max(high_, length);
+}
+
+uint32_t KvCache::rewind(uint32_t length) {
+  if (length >= length_) return length_;
+  bool lost = false;
+  for (const Class& c : classes_) {
+    if (!c.ring) continue;
+    // The ring's oldest page may be partly overwritten by the newest.
+    const uint32_t pages = (high_ + kPageTokens - 1) / kPageTokens;
+    const uint32_t oldest = pages > c.ring ? (pages - c.ring) * kPageTokens : 0;
+    const uint32_t needed = length >= c.window ? length - c.window + 1 : 0;
+    lost |= needed < oldest;
+  }
+  if (conv_reach_ && high_ > kConvRing) lost |= length < high_ - kConvRing + conv_reach_;
+  length_ = lost ? 0 : length;
+  if (length_ == 0) high_ = 0;
+  return length_;
+}
+
+size_t KvCache::step_bytes() const {
+  size_t n = 0;
+  for (const Class& c : classes_) {
+    const uint32_t seen = c.window ? std::min(c.window, length_) : length_;
+    n += c.group_bytes / kPageTokens * seen;
+  }
+  return n;
+}
+
+std::string KvCache::save() const {
+  std::string out;
+  const auto put = [&](const void* p, size_t n) { out.append(static_cast<const char*>(p), n); };
+  const uint64_t head[] = {kMagic, length_, high_, classes_.size(), page_bytes_, conv_buffer_.bytes()};
+  put(head, sizeof head);
+  for (const Class& c : classes_) {
+    const uint64_t n = groups_needed(c, high_);
+    const uint64_t shape[] = {c.window, c.ring, c.group_bytes, n};
+    put(shape, sizeof shape);
+    for (uint64_t i = 0; i < n; ++i) put(c.groups[i], c.group_bytes);
+  }
+  if (conv_) put(conv_, conv_buffer_.bytes());
+  return out;
+}
+
+void KvCache::load(const std::string& state) {
+  size_t at = 0;
+  const auto get = [&](void* p, size_t n) {
+    if (state.size() - at < n) throw EngineError("the saved session is shorter than it says");
+    std::memcpy(p, state.data() + at, n);
+    at += n;
+  };
+  uint64_t head[6];
+  get(head, sizeof head);
+  if (head[0] != kMagic) throw EngineError("not a saved session of the native engine");
+  if (head[3] != classes_.size() || head[4] != page_bytes_ || head[5] != conv_buffer_.bytes())
+    throw EngineError("the saved session is of another model");
+  if (head[1] > head[2] || head[2] > context_)
+    throw EngineError("the saved session holds " + std::to_string(head[2]) + " tokens, the context " +
+                      std::to_string(context_) + ": open the session with a larger context");
+  length_ = high_ = 0;
+  for (Class& c : classes_) {
+    uint64_t shape[4];
+    get(shape, sizeof shape);
+    const uint64_t groups = groups_needed(c, uint32_t(head[2]));
+    if (shape[0] != c.window || shape[1] != c.ring || shape[2] != c.group_bytes || shape[3] != groups)
+      throw EngineError("the saved session is of another model or of another context length");
+    grow(c, groups);
+    for (uint64_t i = 0; i < groups; ++i) get(c.groups[i], c.group_bytes);
+  }
+  if (conv_) get(conv_, conv_buffer_.bytes());
+  if (at != state.size()) throw EngineError("the saved session is longer than it says");
+  length_ = uint32_t(head[1]);
+  high_ = uint32_t(head[2]);
+}
+
+}  // namespace edgert

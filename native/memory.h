@@ -1,0 +1,50 @@
+// Large buffers straight from the OS: zeroed, page aligned, huge pages asked for. They grow the
+// process only where they are touched and go back to the OS when freed.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+namespace edgert {
+
+class Buffer {
+ public:
+  Buffer() = default;
+  // Throws EngineError naming `what` when the OS refuses.
+  Buffer(size_t bytes, const char* what);
+  ~Buffer();
+  Buffer(Buffer&& o) noexcept : data_(std::exchange(o.data_, nullptr)), bytes_(std::exchange(o.bytes_, 0)) {}
+  Buffer& operator=(Buffer&& o) noexcept {
+    std::swap(data_, o.data_);
+    std::swap(bytes_, o.bytes_);
+    return *this;
+  }
+  uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Hands out 64-byte aligned parts of one Buffer whose size is known beforehand.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(size_t bytes, const char* what) : buffer_(bytes, what) {}
+  template <class T>
+  T* take(size_t count) {
+    T* p = reinterpret_cast<T*>(buffer_.data() + used_);
+    used_ += padded<T>(count);
+    return p;
+  }
+  template <class T>
+  static size_t padded(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
+  size_t bytes() const { return buffer_.bytes(); }
+
+ private:
+  Buffer buffer_;
+  size_t used_ = 0;
+};
+
+}  // namespace edgert

@@ -1,0 +1,69 @@
+// A persistent pool of threads that run one job together, phase by phase.
+//
+// Inside a job every thread runs the same function. It takes items of a phase with claim() and
+// meets the others at barrier(). A thread first works through its own share, then takes from the
+// shares of others, so that a thread the OS has put aside delays a phase by one piece at most.
+// Waiting spins for a few microseconds and then sleeps: a waiting thread must not keep the CPU from
+// the one it waits for when there are more threads than CPUs.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace edgert {
+
+class Pool {
+ public:
+  explicit Pool(uint32_t threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  uint32_t threads() const { return n_; }
+
+  class Worker;
+  // Runs `job` on every thread (the caller is thread 0) and returns when all have finished. One job
+  // at a time: callers serialise.
+  void run(const std::function<void(Worker&)>& job);
+
+  class Worker {
+   public:
+    uint32_t index() const { return index_; }
+    uint32_t threads() const { return pool_->n_; }
+
+    // The next piece [begin, end) of this phase's `items`; false when there is none left.
+    bool claim(uint32_t items, uint32_t& begin, uint32_t& end);
+    // Ends the phase: returns when every thread has called it.
+    void barrier();
+
+   private:
+    friend class Pool;
+    Pool* pool_ = nullptr;
+    uint32_t index_ = 0;
+    uint32_t phase_ = 1;  // 0 marks a share never touched
+    uint32_t victim_ = 0;  // shares looked through in this phase, the own one first
+  };
+
+ private:
+  struct alignas(128) Share {
+    std::atomic<uint64_t> next{0};  // phase << 32 | next item
+  };
+
+  void thread_main(uint32_t index);
+  static void wait_while(std::atomic<uint32_t>& a, uint32_t old, uint32_t spins);
+
+  uint32_t n_;
+  std::unique_ptr<Share[]> shares_;
+  std::vector<Worker> workers_;
+  std::vector<std::thread> threads_;
+  const std::function<void(Worker&)>* job_ = nullptr;
+  alignas(128) std::atomic<uint32_t> generation_{0};  // one more for each job
+  alignas(128) std::atomic<uint32_t> arrived_{0};
+  alignas(128) std::atomic<uint32_t> released_{0};    // one more for each barrier
+  std::atomic<bool> stop_{false};
+};
+
+}  // namespace edgert
