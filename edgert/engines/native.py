@@ -1,0 +1,100 @@
+"""The native engine: GGUF on CPUs, through the core in ``edgert._native``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edgert import _native
+from edgert.engines.base import Logits
+from edgert.models import ModelSpec
+
+# Tokens of one call into the core: short enough that Ctrl-C is answered while a long prompt runs.
+CHUNK = 256
+
+
+class NativeSession:
+    """One sequence of the native engine. See :class:`edgert.engines.base.EngineSession`."""
+
+    def __init__(self, model: _native.Model, context: int) -> None:
+        self._model = model
+        self._cache = _native.Cache(model, context)
+
+    @property
+    def length(self) -> int:
+        return self._cache.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the KV cache holds now."""
+        return self._cache.nbytes
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of keys and values the next step reads."""
+        return self._cache.step_bytes
+
+    def prefill(self, tokens: Sequence[int]) -> Logits:
+        ids = np.asarray(tokens, dtype=np.int32)
+        for at in range(0, max(len(ids), 1), CHUNK):
+            logits = self._model.forward(self._cache, ids[at : at + CHUNK])
+        return logits
+
+    def step(self, token: int) -> Logits:
+        return self._model.forward(self._cache, np.array([token], dtype=np.int32))
+
+    def score(self, tokens: Sequence[int]) -> Logits:
+        return self._model.forward(self._cache, np.asarray(tokens, dtype=np.int32), True)
+
+    def rewind(self, length: int) -> int:
+        return self._cache.rewind(length)
+
+    def snapshot(self) -> bytes:
+        return self._cache.save()
+
+    def restore(self, state: bytes) -> None:
+        self._cache.load(state)
+
+    def close(self) -> None:
+        del self._cache
+
+
+class NativeEngine:
+    """A model loaded into the native core: dense attention, dense head.
+
+    ``threads`` 0 means one for each CPU this process may use. Raises ModelFileError,
+    UnsupportedModelError or EngineError.
+    """
+
+    name = "native"
+
+    def __init__(self, file: _native.GgufFile, spec: ModelSpec, threads: int = 0) -> None:
+        self.spec = spec
+        self._model = _native.Model(file, spec.as_dict(), threads)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.spec.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        return self.spec.context_length
+
+    def session(self, context: int) -> NativeSession:
+        return NativeSession(self._model, context)
+
+    def memory(self) -> dict[str, int]:
+        return self._model.memory()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "engine": self.name,
+            "isa": self._model.isa,
+            "threads": self._model.threads,
+            "weight_bytes_per_step": self._model.step_weight_bytes,
+        }
+
+    def close(self) -> None:
+        del self._model
