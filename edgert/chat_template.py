@@ -18,7 +18,9 @@ class ChatTemplate:
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         if len(source) > MAX_TEMPLATE:
-            raise TokenizerError(f"tokenizer.chat_template: expected at most {MAX_TEMPLATE} characters, found {len(source)}")
+            raise TokenizerError(
+                f"tokenizer.chat_template: expected at most {MAX_TEMPLATE} characters, found {len(source)}"
+            )
         self._variables = dict(variables)
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
@@ -30,7 +32,12 @@ class ChatTemplate:
         """The prompt, and the sorted ranges of its characters that came from the caller."""
         try:
             text = self._template.render(
-                {**self._variables, **variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
+                {
+                    **self._variables,
+                    **variables,
+                    "messages": messages,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except Exception as error:
             raise TokenizerError(f"the model's chat template failed: {error}") from error

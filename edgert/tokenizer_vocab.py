@@ -71,7 +71,9 @@ def _fail(key: str, expected: str, found: object) -> TokenizerError:
     )
 
 
-def read_list(metadata: Mapping[str, Any], key: str, kinds: set[type], length: int | None = None) -> list[Any]:
+def read_list(
+    metadata: Mapping[str, Any], key: str, kinds: set[type], length: int | None = None
+) -> list[Any]:
     """The array ``tokenizer.ggml.<key>`` with elements of ``kinds``; TokenizerError otherwise."""
     value = metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(value, list):
@@ -80,7 +82,9 @@ def read_list(metadata: Mapping[str, Any], key: str, kinds: set[type], length: i
         raise _fail(key, f"{length} elements, one for each token", len(value))
     odd = set(map(type, value)) - kinds
     if odd:
-        raise _fail(key, " or ".join(sorted(k.__name__ for k in kinds)), f"elements of type {odd.pop().__name__}")
+        raise _fail(
+            key, " or ".join(sorted(k.__name__ for k in kinds)), f"elements of type {odd.pop().__name__}"
+        )
     return value
 
 

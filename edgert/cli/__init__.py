@@ -1,0 +1,106 @@
+"""The `edgert` command. A verb is a module of this package with ``HELP``, ``add_arguments(parser)`` and
+``main(args) -> int``; only the one that is asked for is imported.
+
+Exit codes: 0 done, 1 failure, 2 wrong use, 130 Ctrl-C, 141 the reader of our output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from edgert.errors import EdgertError, UsageError
+
+VERBS = {
+    "run": "answer one prompt",
+    "chat": "talk with a model",
+    "pull": "fetch a model into the cache, or list those known by name",
+    "info": "say what a model file is",
+    "doctor": "say what this machine can do and what limits it",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes as UsageError, in one line, and takes no abbreviated options."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs["allow_abbrev"] = False
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+class _Version(argparse.Action):
+    """--version; reading the installed package's metadata is left until it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import edgert
+
+        print(f"edgert {edgert.__version__}")
+        parser.exit()
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="edgert", description="Runs language models on small machines.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    asked = next((a for a in argv if not a.startswith("-")), None)
+    for name, text in VERBS.items():
+        sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == asked:
+            sub.add_argument(
+                "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
+            import_module(f"edgert.cli.{name}").add_arguments(sub)
+    args = parser.parse_args(argv)
+    if args.verb is None:
+        parser.error("a verb is missing")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (None: that of the process) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # replaced by something without an encoding
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        args = _parse(words)
+        code: int = import_module(f"edgert.cli.{args.verb}").main(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as e:  # --help and --version
+        return e.code if isinstance(e.code, int) else 0
+    except BrokenPipeError:
+        # Python flushes stdout once more on its way out; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("\nedgert: interrupted", file=sys.stderr)
+        return 130
+    except Exception as e:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        print(f"edgert: error: {_one_line(e)}", file=sys.stderr)
+        return 2 if isinstance(e, UsageError) else 1
+
+
+def _one_line(e: Exception) -> str:
+    text = " ".join(str(e).split())
+    if isinstance(e, EdgertError):
+        return text
+    if isinstance(e, OSError) and e.strerror:
+        return f"{e.strerror}: {e.filename}" if e.filename else e.strerror
+    if isinstance(e, MemoryError):
+        return "out of memory; use a smaller model or --context, or close other programs"
+    return f"{type(e).__name__}: {text}; this is a fault of edgert, --debug shows where"

@@ -1,0 +1,105 @@
+"""Options that `run` and `chat` share, and the model they load."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from edgert.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgert.model import Model
+
+MAX_TOKENS = 512
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="name, path of a .gguf file, or hf:owner/repo/file.gguf"
+    )
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    load = parser.add_argument_group("loading")
+    load.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
+    load.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="longest prompt and answer together, in tokens; default: what the model was made for",
+    )
+    load.add_argument("--engine", default="auto", metavar="NAME", help="auto (default), native or llamacpp")
+    load.add_argument(
+        "--kv", default="f16", metavar="TYPE", help="keys and values kept as f16 (default) or int8"
+    )
+
+    make = parser.add_argument_group("generation")
+    make.add_argument("--system", metavar="TEXT", help="system message that precedes the conversation")
+    make.add_argument(
+        "--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"default: {MAX_TOKENS}"
+    )
+    make.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the likeliest token"
+    )
+    make.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens")
+    make.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from this share of probability"
+    )
+    make.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="drop tokens below this share of the likeliest one",
+    )
+    make.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less")
+    make.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
+    make.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
+    make.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    make.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+
+
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of a request. Raises UsageError, before any model is loaded."""
+    from edgert.sampling import make_options
+
+    options = {
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repeat_penalty,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "seed": args.seed,
+        "stop": args.stop,
+    }
+    make_options(options, vocab_size=2**31)
+    if args.context is not None and args.context < 2:
+        raise UsageError(f"--context must be at least 2 tokens, not {args.context}")
+    return options
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """Find, fetch if need be, and load the model that ``args`` names."""
+    from edgert import hub
+    from edgert.cli.progress import Bar
+    from edgert.model import load
+
+    path = hub.resolve(args.model, Bar())
+    terminal = sys.stderr.isatty()
+    if terminal:
+        print(f"loading {args.model} …", end="", file=sys.stderr, flush=True)
+    try:
+        return load(path, engine=args.engine, threads=args.threads, context=args.context, kv=args.kv)
+    finally:
+        if terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def first_messages(system: str | None) -> list[dict[str, str]]:
+    return [] if system is None else [{"role": "system", "content": system}]

@@ -1,0 +1,122 @@
+"""How fast an answer came, beside what this machine's memory allows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgert import hub
+from edgert.download import size_text
+
+if TYPE_CHECKING:
+    from edgert.generate import Stats
+    from edgert.model import Model
+
+QUICK_PROBE = 0.15  # seconds of reading; setting up the probe's memory costs about as much again
+
+
+def probe_file() -> Path:
+    """Where `edgert doctor` leaves what it measured."""
+    return hub.cache_dir() / "bandwidth.json"
+
+
+def machine_key() -> str:
+    """Changes when a measurement of another time no longer tells about this machine."""
+    from edgert.platforms.detect import detect_cpu
+
+    cpu = detect_cpu()
+    return f"{cpu.model}, {cpu.usable} of {cpu.logical} processors"
+
+
+def store_probe(rates: dict[int, float]) -> None:
+    """Keep bytes per second by thread count for later runs; a cache that cannot be written is no error."""
+    content = json.dumps({"machine": machine_key(), "measured": int(time.time()), "bytes_per_second": rates})
+    path = probe_file()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second ``threads`` threads can read: what the doctor measured, else a quick probe now."""
+    try:
+        content = json.loads(probe_file().read_text(encoding="utf-8"))
+        rate = float(content["bytes_per_second"][str(threads)])
+        if rate > 0 and content["machine"] == machine_key():
+            return rate
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    from edgert import _native
+
+    return _native.probe_read_bandwidth(threads, QUICK_PROBE)
+
+
+def bytes_per_token(model: Model, stats: Stats) -> float:
+    """What a decode step of this answer read on average: weights, and keys and values at the mean
+    length. A model native does not know counts its weights alone."""
+    from edgert import _native
+    from edgert.cost import kv_bytes, weight_bytes
+    from edgert.models import BadModelMetadata, UnsupportedArchitecture, load_spec
+
+    file = _native.GgufFile(model.path)
+    tensors = file.tensors
+    weights = stats.bytes_per_token or weight_bytes(tensors).per_token
+    try:
+        spec = load_spec(file.metadata, {t.name: t.shape for t in tensors})
+    except (BadModelMetadata, UnsupportedArchitecture):
+        return float(weights)
+    return weights + kv_bytes(spec, stats.prompt_tokens + stats.generated_tokens / 2, model.kv)
+
+
+def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
+    """Everything the stats line says, as numbers: times in seconds, sizes in bytes, rates a second.
+    Call it after the generation: it may probe the memory."""
+    engine = model.engine.describe()
+    report: dict[str, Any] = {
+        "prompt_tokens": stats.prompt_tokens,
+        "reused_tokens": stats.reused_tokens,
+        "generated_tokens": stats.generated_tokens,
+        "prompt_tokens_per_second": stats.prompt_tps,
+        "generation_tokens_per_second": stats.generation_tps,
+        "time_to_first_token": stats.time_to_first_token,
+        "peak_memory": stats.peak_memory,
+        "seed": stats.seed,
+        "engine": engine,
+    }
+    threads = engine.get("threads")
+    if stats.generation_tps > 0 and isinstance(threads, int) and threads > 0:
+        step = bytes_per_token(model, stats)
+        limit = read_bandwidth(threads)
+        report["bytes_per_token"] = int(step)
+        report["read_bytes_per_second"] = step * stats.generation_tps
+        report["machine_bytes_per_second"] = limit
+        report["share_of_machine"] = step * stats.generation_tps / limit
+    return report
+
+
+def speed_line(report: dict[str, Any]) -> str:
+    """The report in one line."""
+    engine = report["engine"]
+    reused = f" ({report['reused_tokens']} reused)" if report["reused_tokens"] else ""
+    parts = [
+        f"prompt {report['prompt_tokens']} tokens{reused} {report['prompt_tokens_per_second']:.1f} tok/s",
+        f"generation {report['generated_tokens']} tokens {report['generation_tokens_per_second']:.1f} tok/s",
+        f"first token {report['time_to_first_token']:.2f} s",
+        f"peak memory {size_text(report['peak_memory'])}",
+    ]
+    if "share_of_machine" in report:
+        parts.append(
+            f"{size_text(report['bytes_per_token'])} a token = "
+            f"{report['read_bytes_per_second'] / 1e9:.1f} of {report['machine_bytes_per_second'] / 1e9:.1f} GB/s "
+            f"this machine reads ({report['share_of_machine']:.0%})"
+        )
+    about = " ".join(str(engine[k]) for k in ("engine", "isa") if engine.get(k))
+    threads = engine.get("threads")
+    parts.append(f"{about}, {threads} threads" if threads else about)
+    return " | ".join(parts)
