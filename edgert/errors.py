@@ -22,6 +22,14 @@ class ModelFileError(EdgertError):
         self.path, self.offset, self.field = path, offset, field
 
 
+class SessionFileError(EdgertError):
+    """A saved session that cannot be written, read, or used with this model."""
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
 class UnsupportedModelError(EdgertError):
     """A well-formed model with something in it that edgert does not implement."""
 

@@ -1,0 +1,83 @@
+"""The choice of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from os import PathLike
+from typing import Any
+
+from edgert import _native
+from edgert.errors import ModelFileError, UnsupportedModelError, UsageError
+
+from .base import Engine
+
+ENGINES = ("auto", "native", "llamacpp")
+KV_TYPES = ("f16", "int8")
+
+
+def open_engine(
+    path: str | PathLike[str],
+    engine: str = "auto",
+    threads: int = 0,
+    kv: str = "f16",
+    context: int | None = None,
+) -> Engine:
+    """Load the GGUF model at ``path`` into an engine; see :func:`engine_for`."""
+    file = _native.GgufFile(str(path))
+    return engine_for(file, file.metadata, engine, threads, kv, context)
+
+
+def engine_for(
+    file: _native.GgufFile,
+    metadata: Mapping[str, Any],
+    engine: str,
+    threads: int,
+    kv: str,
+    context: int | None,
+) -> Engine:
+    """Load an open file, whose ``metadata`` the caller has at hand, into an engine.
+
+    "auto" is native for what native knows, else llamacpp if it is installed. ``context`` is the
+    longest session that will be asked for (None: what the model was made for). Raises UsageError,
+    UnsupportedModelError, ModelFileError or EngineError.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}: expected one of {', '.join(ENGINES)}")
+    if kv not in KV_TYPES:
+        raise UsageError(f"unknown kv type {kv!r}: expected one of {', '.join(KV_TYPES)}")
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= 1024:
+        raise UsageError(f"threads must be 0 (as many as the machine has cores) to 1024, not {threads!r}")
+    if engine != "llamacpp":
+        try:
+            return _open_native(file, metadata, threads, kv)
+        except UnsupportedModelError as error:
+            architecture = metadata.get("general.architecture")
+            if engine == "native":
+                raise UnsupportedModelError(
+                    f"{file.path}: {error}; try engine='llamacpp', which runs more architectures"
+                ) from error
+            if find_spec("llama_cpp") is None:
+                raise UnsupportedModelError(
+                    f"{file.path}: the native engine cannot run this model of architecture {architecture!r} "
+                    f"({error}); install the engine that may: pip install 'edgert[llamacpp]'"
+                ) from error
+    if kv != "f16":
+        raise UsageError(f"the llamacpp engine keeps keys and values as f16: kv={kv!r} needs engine='native'")
+    from . import llamacpp
+
+    return llamacpp.open(file.path, threads, context)
+
+
+def _open_native(file: _native.GgufFile, metadata: Mapping[str, Any], threads: int, kv: str) -> Engine:
+    from edgert import models
+
+    from .native import NativeEngine
+
+    try:
+        spec = models.load_spec(dict(metadata), {t.name: tuple(t.shape) for t in file.tensors})
+    except models.UnsupportedArchitecture as error:
+        raise UnsupportedModelError(str(error)) from error
+    except models.BadModelMetadata as error:
+        raise ModelFileError(f"{file.path}: {error}", file.path) from error
+    return NativeEngine(file, spec, threads, kv)

@@ -1,0 +1,156 @@
+"""A loaded model: its engine, its tokenizer, and what can be asked of them."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import Any
+
+from . import _native
+from .engines import engine_for
+from .engines.base import Engine
+from .errors import ModelFileError, UsageError
+from .generate import Reply, Stream
+from .session import Message, Prompt, Session, finish
+from .session_file import fingerprint
+from .tokenizer import Tokenizer
+
+
+def load(
+    name_or_path: str | PathLike[str],
+    *,
+    engine: str = "auto",
+    threads: int = 0,
+    context: int | None = None,
+    kv: str = "f16",
+) -> Model:
+    """Load a model.
+
+    ``name_or_path``: a name of the catalogue, a GGUF file, or ``hf:owner/repo/file.gguf``.
+    ``engine``: "native", "llamacpp", or "auto", which is native for what native knows.
+    ``threads``: 0 takes as many as the machine has cores. ``context``: positions a session may
+    hold; None is what the model was made for (memory is only taken as a session grows).
+    ``kv``: type of the cached keys and values, "f16" or "int8". Raises UsageError, ModelFileError,
+    UnsupportedModelError, TokenizerError or EngineError.
+    """
+    from . import hub
+
+    file = _native.GgufFile(str(hub.resolve(name_or_path)))
+    metadata = file.metadata
+    trained = _trained_context(file.path, metadata)
+    if context is None:
+        context = trained
+    elif isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= trained:
+        raise UsageError(f"context must be 2 to {trained}, which the model was made for, not {context!r}")
+    tokenizer = Tokenizer.from_gguf(metadata)
+    loaded = engine_for(file, metadata, engine, threads, kv, context)
+    return Model(loaded, tokenizer, path=file.path, context=context, trained_context=trained, kv=kv)
+
+
+class Model:
+    """A model in memory; :func:`load` makes one. Safe to use from several threads; a context
+    manager.
+
+    ``context`` is what a session may hold, ``trained_context`` what the model was made for.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, *, path: str, context: int, trained_context: int, kv: str
+    ) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.path, self.context, self.trained_context, self.kv = path, context, trained_context, kv
+        self.vocab_size = engine.vocab_size
+        self._fingerprint = ""
+
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+        """The reply to ``prompt`` (text, or token ids) piece by piece. Options:
+        :class:`edgert.sampling.Options`.
+
+        Raises UsageError for options that make no sense or a prompt that does not fit."""
+        return self._start(time.perf_counter(), self.encode(prompt), options)
+
+    def generate(self, prompt: Prompt, **options: Any) -> Reply:
+        """The reply to ``prompt`` when it is complete."""
+        return finish(self.stream(prompt, **options))
+
+    def chat_stream(self, messages: Sequence[Message], **options: Any) -> Stream:
+        """The reply to a conversation ({"role": ..., "content": ...} each) piece by piece."""
+        return self._start(time.perf_counter(), self.encode_chat(messages), options)
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Reply:
+        """The reply to a conversation when it is complete."""
+        return finish(self.chat_stream(messages, **options))
+
+    def session(self) -> Session:
+        """A new session: it keeps its cache from one request to the next. A context manager."""
+        return Session(self, self.context)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model wants around it."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+            raise UsageError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
+        try:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise UsageError("a prompt that is a list must hold token ids; for messages use chat()") from None
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise UsageError(f"token id {token} is outside the vocabulary (0 to {self.vocab_size - 1})")
+        return ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, up to where the model's answer begins."""
+        if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+            raise UsageError('messages must be a list such as [{"role": "user", "content": "..."}]')
+        for message in messages:
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(key), str) for key in ("role", "content")
+            ):
+                raise UsageError(f'a message must have the strings "role" and "content": found {message!r}')
+        if not self.tokenizer.has_chat_template:
+            raise UsageError(
+                f"{self.path} has no chat template (it is a base model): use generate() or stream()"
+            )
+        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part, as the engine counts them."""
+        return self.engine.memory()
+
+    def identity(self) -> dict[str, str]:
+        """What a saved session is bound to. Reads a part of the model file on first use."""
+        self._fingerprint = self._fingerprint or fingerprint(self.path)
+        return {"model": self._fingerprint, "engine": self.engine.name, "kv": self.kv}
+
+    def close(self) -> None:
+        """Free the model. Its sessions cannot be used any more."""
+        self.engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self, began: float, prompt: list[int], options: Mapping[str, Any]) -> Stream:
+        session = self.session()
+        try:
+            return session.start(began, prompt, options, owns_session=True)
+        except BaseException:
+            session.close()
+            raise
+
+
+def _trained_context(path: str, metadata: Mapping[str, Any]) -> int:
+    key = f"{metadata.get('general.architecture')}.context_length"
+    length = metadata.get(key)
+    if not isinstance(length, int) or length < 2:
+        raise ModelFileError(f"{path}: expected a number of positions in {key}, found {length!r}", path, -1, key)
+    return length

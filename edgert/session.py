@@ -1,0 +1,185 @@
+"""A sequence that keeps its KV cache from one request to the next."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from . import session_file
+from .errors import EngineError, SessionFileError, UsageError
+from .generate import Reply, Stream
+from .sampling import make_options
+
+if TYPE_CHECKING:
+    from .engines.base import EngineSession, Logits
+    from .model import Model
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+PREFILL_CHUNK = 512  # tokens between two looks at whether the request was cancelled
+
+
+class Session:
+    """One conversation with a model.
+
+    Every request brings its whole prompt; the part it shares with what the cache already holds is
+    not computed again (``reply.stats.reused_tokens``). One request runs at a time: a new one ends
+    the one before it as cancelled. Safe to call from several threads; two sessions of a model
+    run side by side.
+
+    Invariant: ``_tokens[: _sequence.length]`` is what the cache holds. Ids are written down before
+    they are computed, so an interrupt or an error at any point leaves it true.
+    """
+
+    def __init__(self, model: Model, context: int) -> None:
+        self.model = model
+        self.context = context
+        self.lock = threading.RLock()
+        self.stream_in_use: Stream | None = None
+        self._sequence = model.engine.session(context)
+        self._tokens: list[int] = []
+        self._closed = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The ids the cache holds."""
+        with self.lock:
+            return tuple(self._tokens[: self._open().length])
+
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+        """The reply to ``prompt`` (text, or token ids) piece by piece. Options: ``sampling.Options``.
+
+        Raises UsageError for options that make no sense or a prompt that does not fit."""
+        return self.start(time.perf_counter(), self.model.encode(prompt), options)
+
+    def generate(self, prompt: Prompt, **options: Any) -> Reply:
+        """The reply to ``prompt`` when it is complete."""
+        return finish(self.stream(prompt, **options))
+
+    def chat_stream(self, messages: Sequence[Message], **options: Any) -> Stream:
+        """The reply to a conversation ({"role": ..., "content": ...} each) piece by piece."""
+        return self.start(time.perf_counter(), self.model.encode_chat(messages), options)
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Reply:
+        """The reply to a conversation when it is complete."""
+        return finish(self.chat_stream(messages, **options))
+
+    def cancel(self) -> None:
+        """End the running reply, if any, before its next token. Callable from any thread."""
+        if self.stream_in_use:
+            self.stream_in_use.cancel()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the cache to ``path``, whole or not at all."""
+        with self.lock:
+            state = self._open().snapshot()
+            session_file.write(path, self.model.identity(), self.tokens, state)
+
+    def restore(self, path: str | PathLike[str]) -> None:
+        """Replace the cache by a saved one.
+
+        Raises SessionFileError when the file is damaged or of another model, UsageError when it is
+        longer than this session's context. The session is then as it was before."""
+        tokens, state = session_file.read(path, self.model.identity())
+        if len(tokens) > self.context:
+            raise UsageError(
+                f"{path} holds {len(tokens)} tokens and this session {self.context}: "
+                f"load the model with context={len(tokens)} or more"
+            )
+        with self.lock:
+            old = self._open()
+            new = self.model.engine.session(self.context)
+            try:
+                new.restore(state)
+                if new.length != len(tokens):
+                    raise EngineError(f"expected {len(tokens)} positions, found {new.length}")
+            except EngineError as error:
+                new.close()
+                raise SessionFileError(f"{path} does not fit this model: {error}", str(path)) from error
+            self.stream_in_use = None
+            self._sequence, self._tokens = new, tokens
+            old.close()
+
+    def close(self) -> None:
+        """Free the cache. The session cannot be used any more."""
+        with self.lock:
+            if not self._closed:
+                self._closed = True
+                self.stream_in_use = None
+                self._sequence.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def prefill(self, prompt: Sequence[int], cancelled: Callable[[], bool]) -> tuple[Logits | None, int]:
+        """Make the cache hold ``prompt``. Returns the logits after it (None when ``cancelled`` said
+        so on the way) and how many of its tokens were there already. Called by the stream."""
+        sequence = self._open()
+        del self._tokens[sequence.length :]
+        shared = 0
+        # The last token is always computed: its logits are what the caller is after.
+        for cached, wanted in zip(self._tokens, prompt[:-1], strict=False):
+            if cached != wanted:
+                break
+            shared += 1
+        kept = sequence.rewind(shared)
+        self._tokens = list(prompt)
+        logits = None
+        for start in range(kept, len(prompt), PREFILL_CHUNK):
+            if cancelled():
+                return None, kept
+            logits = sequence.prefill(prompt[start : start + PREFILL_CHUNK])
+        return logits, kept
+
+    def step(self, token: int) -> Logits:
+        """Append a token and return the logits after it. Called by the stream."""
+        sequence = self._open()
+        self._tokens.append(token)
+        return sequence.step(token)
+
+    def _open(self) -> EngineSession:
+        if self._closed:
+            raise UsageError("this session is closed: open another one with model.session()")
+        return self._sequence
+
+    def start(
+        self, began: float, prompt: list[int], given: Mapping[str, Any], *, owns_session: bool = False
+    ) -> Stream:
+        """The stream of a request that was made at ``began`` (perf_counter). One that
+        ``owns_session`` closes it when it ends."""
+        options = make_options(given, self.model.vocab_size)
+        if not prompt:
+            raise UsageError("the prompt is empty: give at least one token")
+        if len(prompt) >= self.context:
+            longest = self.model.trained_context
+            remedy = (
+                f"load the model with a larger context (up to {longest})"
+                if self.context < longest
+                else "the model was made for no more"
+            )
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and the context {self.context}, which must hold the "
+                f"prompt and at least one token of the reply: shorten the prompt; {remedy}"
+            )
+        with self.lock:
+            self._open()
+            stream = Stream(self, prompt, options, began, owns_session=owns_session)
+            self.stream_in_use = stream
+        return stream
+
+
+def finish(stream: Stream) -> Reply:
+    """Run a stream to its end."""
+    for _ in stream:
+        pass
+    return stream.reply
