@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["EdgertError", "Model", "Reply", "Session", "__version__", "load"]
 
-_HOME = {"EdgertError": "errors", "Model": "model", "Reply": "generate", "Session": "session", "load": "model"}
+_HOME = {
+    "EdgertError": "errors",
+    "Model": "model",
+    "Reply": "generate",
+    "Session": "session",
+    "load": "model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,23 +1,14 @@
 """edgert's native core"""
 
-def probe_read_bandwidth(threads: int, seconds: float) -> float:
-    """
-    Bytes per second that `threads` threads read together from memory, over about `seconds`.
-    """
-
-def isa_levels() -> list[str]:
-    """Instruction-set levels this CPU and OS offer, best first."""
-
-def isa_selected() -> str:
-    """
-    The level in use: EDGERT_ISA when set, else the best. Raises EngineError for a bad EDGERT_ISA.
-    """
 from collections.abc import Sequence
+from typing import Annotated
 
-import numpy as np
-import numpy.typing as npt
+import numpy
+from numpy.typing import NDArray
 
 class Sampler:
+    """Logits to tokens; see native/sampler.h for the order of the steps."""
+
     def __init__(
         self,
         vocab_size: int,
@@ -32,9 +23,44 @@ class Sampler:
         seed: int = 0,
         bias: Sequence[tuple[int, float]] = [],
     ) -> None: ...
-    def observe(self, tokens: Sequence[int]) -> None: ...
-    def accept(self, token: int) -> None: ...
-    def sample(self, logits: npt.NDArray[np.float32], position: int) -> int: ...
+    def observe(self, tokens: Sequence[int]) -> None:
+        """Tokens of the prompt, for the repetition penalty."""
+
+    def accept(self, token: int) -> None:
+        """A token of the reply, for all penalties."""
+
+    def sample(
+        self,
+        logits: Annotated[
+            NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)
+        ],
+        position: int,
+    ) -> int:
+        """
+        The token at `position`; a function of seed, position, logits and the tokens observed and accepted.
+        """
+
     def logprobs(
-        self, logits: npt.NDArray[np.float32], token: int, top: int = 0
-    ) -> tuple[float, list[tuple[int, float]]]: ...
+        self,
+        logits: Annotated[
+            NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)
+        ],
+        token: int,
+        top: int = 0,
+    ) -> tuple[float, list[tuple[int, float]]]:
+        """
+        (log probability of `token`, the `top` best as (id, log probability)), of the plain softmax.
+        """
+
+def probe_read_bandwidth(threads: int, seconds: float) -> float:
+    """
+    Bytes per second that `threads` threads read together from memory, over about `seconds`.
+    """
+
+def isa_levels() -> list[str]:
+    """Instruction-set levels this CPU and OS offer, best first."""
+
+def isa_selected() -> str:
+    """
+    The level in use: EDGERT_ISA when set, else the best. Raises EngineError for a bad EDGERT_ISA.
+    """

@@ -92,12 +92,13 @@ class Model:
         """Token ids of a prompt, with the special tokens the model wants around it."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
-            raise UsageError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
+        given: Any = prompt
         try:
-            ids = [operator.index(token) for token in prompt]
+            ids = [operator.index(token) for token in given]
         except TypeError:
-            raise UsageError("a prompt that is a list must hold token ids; for messages use chat()") from None
+            raise UsageError(
+                f"a prompt is text or a list of token ids, not {given!r:.80}; for messages use chat()"
+            ) from None
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise UsageError(f"token id {token} is outside the vocabulary (0 to {self.vocab_size - 1})")
@@ -152,5 +153,7 @@ def _trained_context(path: str, metadata: Mapping[str, Any]) -> int:
     key = f"{metadata.get('general.architecture')}.context_length"
     length = metadata.get(key)
     if not isinstance(length, int) or length < 2:
-        raise ModelFileError(f"{path}: expected a number of positions in {key}, found {length!r}", path, -1, key)
+        raise ModelFileError(
+            f"{path}: expected a number of positions in {key}, found {length!r}", path, -1, key
+        )
     return length

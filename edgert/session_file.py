@@ -40,15 +40,16 @@ def write(path: str | PathLike[str], model: Mapping[str, str], tokens: Sequence[
     digest = hashlib.sha256()
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(descriptor, "wb") as file:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as file:
             for part in parts:
                 digest.update(part)
                 file.write(part)
             file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         temporary = None
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -60,7 +61,7 @@ def write(path: str | PathLike[str], model: Mapping[str, str], tokens: Sequence[
     finally:
         if temporary:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()
 
 
 def read(path: str | PathLike[str], model: Mapping[str, str]) -> tuple[list[int], bytes]:
@@ -110,7 +111,7 @@ def fingerprint(path: str | PathLike[str]) -> str:
     digest = hashlib.sha256()
     try:
         for name in names:
-            with open(path.with_name(name), "rb") as file:
+            with path.with_name(name).open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 digest.update(struct.pack("<Q", size))
                 digest.update(file.read(1 << 20))

@@ -70,14 +70,14 @@ def engine_for(
 
 
 def _open_native(file: _native.GgufFile, metadata: Mapping[str, Any], threads: int, kv: str) -> Engine:
-    from edgert import models
+    from edgert.models import BadModelMetadata, UnsupportedArchitecture, load_spec
 
     from .native import NativeEngine
 
     try:
-        spec = models.load_spec(dict(metadata), {t.name: tuple(t.shape) for t in file.tensors})
-    except models.UnsupportedArchitecture as error:
+        spec = load_spec(dict(metadata), {t.name: tuple(t.shape) for t in file.tensors})
+    except UnsupportedArchitecture as error:
         raise UnsupportedModelError(str(error)) from error
-    except models.BadModelMetadata as error:
+    except BadModelMetadata as error:
         raise ModelFileError(f"{file.path}: {error}", file.path) from error
     return NativeEngine(file, spec, threads, kv)
