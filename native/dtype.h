@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace edgert {
 
@@ -22,6 +23,9 @@ struct DTypeInfo {
 // Row of the type table, or nullptr for a type the core does not know.
 const DTypeInfo* dtype_info(uint32_t type_id);
 inline const DTypeInfo& dtype_info(DType t) { return *dtype_info(static_cast<uint32_t>(t)); }
+
+// "F32, F16, Q4_0, ...", for messages.
+std::string dtype_names();
 
 // Dequantise `n` elements (a multiple of the block size) from `src` into `dst`. Bit for bit what
 // the `gguf` Python package computes. `src` needs no alignment.

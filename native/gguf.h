@@ -35,7 +35,8 @@ struct MetaValue {
 
 class GgufFile {
  public:
-  // Opens `path` and, if it is part of a split model, every other part. Throws ModelFileError.
+  // Opens `path` and, if it is part of a split model, every other part; the metadata is then that
+  // of the first part. Throws ModelFileError, or UnsupportedModelError for an unknown tensor type.
   explicit GgufFile(const std::string& path);
   ~GgufFile();
   GgufFile(const GgufFile&) = delete;
@@ -46,11 +47,14 @@ class GgufFile {
   const std::vector<std::pair<std::string, MetaValue>>& metadata() const;  // file order
   const std::vector<TensorInfo>& tensors() const;                           // file order
   const TensorInfo* find(const std::string& name) const;                    // nullptr if absent
+  const MetaValue* get(const std::string& key) const;                       // nullptr if absent
   uint64_t file_bytes() const;                                              // all parts together
 
   // Reads `n` bytes of a tensor starting `offset` bytes into it. Throws ModelFileError when the
   // file became shorter since it was opened or the disk fails. Safe from several threads.
   void read(const TensorInfo& t, uint64_t offset, void* dst, size_t n) const;
+  // The whole tensor as float32, `dims` product many.
+  void dequantize(const TensorInfo& t, float* dst) const;
   // Tells the OS that the file's cached pages of a tensor are needed soon (no-op where absent).
   void prefetch(const TensorInfo& t) const;
 

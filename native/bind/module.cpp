@@ -5,6 +5,7 @@ namespace nb = nanobind;
 
 NB_MODULE(_native, m) {
   m.doc() = "edgert's native core";
+  bind_errors(m);
   bind_gguf(m);
   bind_sampler(m);
   bind_engine(m);
