@@ -44,7 +44,7 @@ def from_gguf(metadata: Mapping[str, Any], tensors: gguf_keys.Tensors) -> ModelS
     if not window:
         sliding = [False] * spec.n_layers
     if spec.n_layers == LAYERS_27B:
-        spec = replace(spec, attn_scale=1.0 / math.sqrt(spec.dim // spec.n_heads))
+        spec = replace(spec, attn_scale=1.0 / math.sqrt(spec.dim / spec.n_heads))
     return _gemma(spec, sliding, window, base, local_base, scale)
 
 

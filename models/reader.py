@@ -6,13 +6,14 @@ finished is refused by name, so a key that changes what a model computes is neve
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .errors import BadModelMetadata, UnsupportedArchitecture
 
 INT_MAX = 2**31 - 1
+FLOAT_MAX = sys.float_info.max
 
 
 class Reader:
@@ -59,10 +60,11 @@ class Reader:
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number; required when ``default`` is None."""
-        value = float(self._get(name, (int, float), "a number", default))
-        if not math.isfinite(value):
-            raise BadModelMetadata(f"{self.key(name)}: expected a finite number, found {value}")
-        return value
+        value = self._get(name, (int, float), "a number", default)
+        # The comparison is one that NaN fails and an integer too large for a float survives.
+        if not -FLOAT_MAX <= value <= FLOAT_MAX:
+            raise BadModelMetadata(f"{self.key(name)}: expected a finite number, found {_show(value)}")
+        return float(value)
 
     def positive(self, name: str, default: float | None = None) -> float:
         """A finite number above zero; required when ``default`` is None."""
