@@ -1,10 +1,78 @@
 """edgert's native core"""
 
+import os
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy
+import numpy.typing
 from numpy.typing import NDArray
+
+class TensorInfo:
+    """Where a tensor lies in the file and how it is stored."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> str:
+        """For example 'Q4_1'."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Outermost dimension first."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def offset(self) -> int:
+        """Byte where the data starts in the file `shard`."""
+
+    @property
+    def shard(self) -> int:
+        """Part of a split model, from 0."""
+
+    def __repr__(self) -> str: ...
+
+class GgufFile:
+    """An open GGUF model, single or split, version 2 or 3."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """
+        Raises ModelFileError, or UnsupportedModelError for a tensor type that is not implemented.
+        """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file, or of all parts together."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """
+        All metadata in the order of the file; converted once, always the same dict.
+        """
+
+    @property
+    def metadata_keys(self) -> list[str]: ...
+    def get(self, key: str, default: Any = None) -> Any:
+        """One metadata value; converts only that one."""
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """In the order of the file."""
+
+    def read(self, name: str) -> bytes:
+        """
+        The stored bytes of a tensor. Raises ModelFileError if there is none of this name.
+        """
+
+    def dequantize(self, name: str) -> numpy.typing.NDArray[numpy.float32]:
+        """
+        The tensor as float32 in its shape, bit for bit what gguf.quants.dequantize gives.
+        """
 
 class Sampler:
     """Logits to tokens; see native/sampler.h for the order of the steps."""
@@ -51,6 +119,51 @@ class Sampler:
         """
         (log probability of `token`, the `top` best as (id, log probability)), of the plain softmax.
         """
+
+class Model:
+    """Packed weights of one model and the forward pass over them."""
+
+    def __init__(self, file: GgufFile, spec: dict, threads: int = 0) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def step_weight_bytes(self) -> int:
+        """Bytes of weights one decode step reads."""
+
+    def memory(self) -> dict:
+        """Resident bytes by part."""
+
+    def forward(
+        self,
+        cache: Cache,
+        tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        all_logits: bool = False,
+    ) -> NDArray[numpy.float32]:
+        """
+        Appends int32 tokens; returns float32 logits after the last, [vocab], or after each, [n, vocab].
+        """
+
+class Cache:
+    """KV cache of one sequence."""
+
+    def __init__(self, model: Model, context: int) -> None: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of keys and values a step at this length reads."""
+
+    def rewind(self, length: int) -> int: ...
+    def save(self) -> bytes: ...
+    def load(self, state: bytes) -> None: ...
 
 def probe_read_bandwidth(threads: int, seconds: float) -> float:
     """

@@ -7,6 +7,8 @@
 #include <bit>
 #include <cstring>
 
+#include "half.h"
+
 namespace edgert {
 namespace {
 
@@ -24,24 +26,14 @@ uint32_t load32(const uint8_t* p) {
   return v;
 }
 
-float half(const uint8_t* p) {
-  const uint16_t h = load16(p);
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
-  const uint32_t exponent = (h >> 10) & 0x1F, fraction = h & 0x3FF;
-  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24, exact in float32
-    const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
-    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
-  }
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000u | fraction << 13);
-  return std::bit_cast<float>(sign | (exponent + 112) << 23 | fraction << 13);
-}
+float half(const uint8_t* p) { return half_to_float(load16(p)); }
 
 // 4-bit code `j` of 32: the low nibbles of 16 bytes come first, then the high ones.
 int nibble(const uint8_t* qs, int j) { return qs[j & 15] >> (j & 16 ? 4 : 0) & 0xF; }
 
 void f32(const uint8_t* b, float* y) { *y = std::bit_cast<float>(load32(b)); }
 void f16(const uint8_t* b, float* y) { *y = half(b); }
-void bf16(const uint8_t* b, float* y) { *y = std::bit_cast<float>(static_cast<uint32_t>(load16(b)) << 16); }
+void bf16(const uint8_t* b, float* y) { *y = bf16_to_float(load16(b)); }
 
 // d, 16 bytes of codes
 void q4_0(const uint8_t* b, float* y) {
