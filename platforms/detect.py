@@ -16,9 +16,30 @@ from pathlib import Path
 ROOT = Path("/")
 # Of the many flags a processor lists, those that kernels of a language model care about.
 RELEVANT_FEATURES = (
-    "avx avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16 "
-    "amx_tile amx_int8 amx_bf16 asimd asimdhp fphp asimddp i8mm bf16 sve sve2 sme"
-).split()
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimdhp",
+    "fphp",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
+    "sme",
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,7 @@ def detect_limits(root: Path = ROOT) -> Limits:
     cpus: list[float] = []
     memory: list[int] = []
     used: int | None = None
-    for kind, controllers, mount_root, mount_point in mounts:
+    for kind, names, mount_root, mount_point in mounts:
         if kind == "cgroup2" and "" in groups:
             for directory in _upward(root, mount_root, mount_point, groups[""]):
                 quota, _, period = _text(directory / "cpu.max").strip().partition(" ")
@@ -152,13 +173,13 @@ def detect_limits(root: Path = ROOT) -> Limits:
                 if limit.isdigit():
                     memory.append(int(limit))
                     used = _tightest(memory, used, directory / "memory.current")
-        elif kind == "cgroup" and "cpu" in controllers and "cpu" in groups:
+        elif kind == "cgroup" and "cpu" in names and "cpu" in groups:
             for directory in _upward(root, mount_root, mount_point, groups["cpu"]):
                 quota = _text(directory / "cpu.cfs_quota_us").strip()
                 period = _text(directory / "cpu.cfs_period_us").strip()
                 if quota.isdigit() and period.isdigit() and int(period):
                     cpus.append(int(quota) / int(period))
-        elif kind == "cgroup" and "memory" in controllers and "memory" in groups:
+        elif kind == "cgroup" and "memory" in names and "memory" in groups:
             for directory in _upward(root, mount_root, mount_point, groups["memory"]):
                 limit = _text(directory / "memory.limit_in_bytes").strip()
                 if limit.isdigit() and int(limit) < 1 << 60:  # v1 writes "no limit" as a huge number

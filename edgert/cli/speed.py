@@ -43,12 +43,13 @@ def store_probe(rates: dict[int, float]) -> None:
         temporary.replace(path)
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second ``threads`` threads can read: what the doctor measured, else a quick probe now."""
+def read_bandwidth(threads: int, reached: float = 0.0) -> float:
+    """Bytes per second ``threads`` threads can read: what the doctor measured, else a quick probe now.
+    A measurement below what was ``reached`` was taken at a bad moment and does not count."""
     try:
         content = json.loads(probe_file().read_text(encoding="utf-8"))
         rate = float(content["bytes_per_second"][str(threads)])
-        if rate > 0 and content["machine"] == machine_key():
+        if rate > reached and content["machine"] == machine_key():
             return rate
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -92,11 +93,12 @@ def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
     threads = engine.get("threads")
     if stats.generation_tps > 0 and isinstance(threads, int) and threads > 0:
         step = bytes_per_token(model, stats)
-        limit = read_bandwidth(threads)
+        reached = step * stats.generation_tps
+        limit = read_bandwidth(threads, reached)
         report["bytes_per_token"] = int(step)
-        report["read_bytes_per_second"] = step * stats.generation_tps
+        report["read_bytes_per_second"] = reached
         report["machine_bytes_per_second"] = limit
-        report["share_of_machine"] = step * stats.generation_tps / limit
+        report["share_of_machine"] = reached / limit
     return report
 
 
@@ -113,8 +115,9 @@ def speed_line(report: dict[str, Any]) -> str:
     if "share_of_machine" in report:
         parts.append(
             f"{size_text(report['bytes_per_token'])} a token = "
-            f"{report['read_bytes_per_second'] / 1e9:.1f} of {report['machine_bytes_per_second'] / 1e9:.1f} GB/s "
-            f"this machine reads ({report['share_of_machine']:.0%})"
+            f"{report['read_bytes_per_second'] / 1e9:.1f} of the "
+            f"{report['machine_bytes_per_second'] / 1e9:.1f} GB/s this machine reads "
+            f"({report['share_of_machine']:.0%})"
         )
     about = " ".join(str(engine[k]) for k in ("engine", "isa") if engine.get(k))
     threads = engine.get("threads")
