@@ -142,8 +142,8 @@ class Tokenizer:
         the template fails, refuses the conversation or exceeds its limits."""
         if self._template is None:
             raise TokenizerError(
-                "this model has no chat template (tokenizer.chat_template); expected an instruct model: use plain "
-                "text generation, or another model"
+                "this model has no chat template (tokenizer.chat_template): use plain text generation, or "
+                "an instruct model"
             )
         text, user_spans = self._template.render(messages, add_generation_prompt, variables)
         ids = self._encode(text, True, () if parse_special else user_spans)
@@ -176,7 +176,7 @@ class Tokenizer:
         present = [i for i in (self._special if parse_special else self._always) if pieces[i] in text]
         # Fragments are (start, end, -1) for text and (start, end, id) for a token.
         fragments = [(0, len(text), -1)] if text else []
-        user = bytearray(len(text)) if user_spans and present else b""
+        user = bytearray(len(text) if user_spans and present else 0)
         for start, end in user_spans if user else ():
             user[start:end] = b"\1" * (end - start)
         for token in present:

@@ -47,8 +47,8 @@ class SentencePieceBPE:
         found = vocab.ids.get(f"<0x{byte:02X}>", vocab.unk_id)
         if found is None:
             raise TokenizerError(
-                f"tokenizer.ggml.tokens: expected a token for every byte or an unknown token, found no <0x{byte:02X}>; "
-                "the model file is damaged or was converted wrongly, download or convert it again"
+                f"tokenizer.ggml.tokens: expected <0x{byte:02X}> (and one for every byte) or an unknown "
+                "token, found neither; the model file is damaged, download or convert it again"
             )
         return found
 
