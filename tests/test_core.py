@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from edgert import _native
 from edgert.models import ModelSpec
+
+from edgert import _native
 
 ROOT = Path(__file__).parent.parent
 QEMU = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
@@ -88,14 +89,14 @@ def logits(
     return np.frombuffer(out, np.float32).reshape(40, -1)
 
 
-def check_close(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
-    """Levels differ only in the order in which sums of squares and softmax totals are added (one unit
-    in the last place); where that tips the rounding of an int8 activation, by one step of 1/127 of
-    one block, which reaches the logits far below the noise of the quantisation itself."""
+def check_close(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32], quant: str) -> None:
+    """Levels differ in the order in which sums of squares and softmax totals are added: a few units
+    in the last place. That can tip the rounding of a key or value to f16 (1/2048 of one value); with
+    quantised weights also that of an int8 activation (1/127 of its block's largest: about 2 % of one
+    value in a row of 64 to 256, 0.2 % of the row), several of them in a model."""
     assert np.isfinite(found).all()
     error = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
-    assert error.max() < 5e-3
-    assert np.median(error) < 1e-3
+    assert error.max() < (1e-4 if quant == "F16" else 3e-2)
 
 
 def test_kernels_agree_with_arithmetic(host: Path) -> None:
@@ -109,7 +110,7 @@ def test_levels_and_threads_agree_on_tiny_models(name: str, quant: str, host: Pa
     scalar = logits(program, name, quant, "scalar", 1, tmp_path)
     for isa in _native.isa_levels():
         one = logits(program, name, quant, isa, 1, tmp_path)
-        check_close(one, scalar)
+        check_close(one, scalar, quant)
         assert np.array_equal(logits(program, name, quant, isa, 3, tmp_path), one)
 
 
@@ -127,5 +128,5 @@ def test_arm_agrees_with_this_machine_on_tiny_models(
     here = logits([host / "run_model"], name, quant, "scalar", 1, tmp_path)
     program = [*QEMU, aarch64 / "run_model"]
     neon = logits(program, name, quant, "neon", 1, tmp_path)
-    check_close(neon, here)
+    check_close(neon, here, quant)
     assert np.array_equal(logits(program, name, quant, "neon", 2, tmp_path), neon)

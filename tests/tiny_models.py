@@ -135,8 +135,8 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
             7,
             4,
             1,
-            head_dim=40,
-            query_pre_attn_scalar=40,
+            head_dim=48,
+            query_pre_attn_scalar=48,
             sliding_window=11,
             rope_parameters={
                 "full_attention": {"rope_theta": 1000000.0, "rope_type": "linear", "factor": 8.0},
