@@ -25,11 +25,13 @@ struct TensorInfo {
 
 struct MetaValue;
 using MetaArray = std::vector<MetaValue>;
-// Scalars keep their width class: unsigned, signed, float, bool, string. Large numeric and string
-// arrays are vectors of their own so that a 262k-entry vocabulary costs what it must.
+// Scalars keep their width class: unsigned, signed, float, bool, string. Arrays keep their element
+// type, so that what a header takes in memory stays near what it takes in the file.
 struct MetaValue {
-  std::variant<uint64_t, int64_t, double, bool, std::string, std::vector<int64_t>, std::vector<uint64_t>,
-               std::vector<double>, std::vector<bool>, std::vector<std::string>, MetaArray>
+  std::variant<uint64_t, int64_t, double, bool, std::string, std::vector<uint8_t>, std::vector<int8_t>,
+               std::vector<uint16_t>, std::vector<int16_t>, std::vector<uint32_t>, std::vector<int32_t>,
+               std::vector<uint64_t>, std::vector<int64_t>, std::vector<float>, std::vector<double>,
+               std::vector<bool>, std::vector<std::string>, MetaArray>
       v;
 };
 

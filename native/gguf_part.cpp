@@ -61,20 +61,15 @@ std::string foreign_type(uint32_t id) {
   return "unknown";
 }
 
-template <class Stored, class Kept>
-std::vector<Kept> numbers(GgufReader& r, uint64_t count) {
-  std::vector<Kept> out;
-  out.reserve(static_cast<size_t>(count));  // expect() has shown that the file holds them
-  while (out.size() < count) {
-    const size_t n = static_cast<size_t>(std::min<uint64_t>(count - out.size(), r.kChunk / sizeof(Stored)));
-    const uint8_t* p = r.take(n * sizeof(Stored));
-    for (size_t i = 0; i < n; ++i, p += sizeof(Stored)) {
-      Stored v;
-      std::memcpy(&v, p, sizeof v);
-      out.push_back(static_cast<Kept>(v));
-    }
+template <class T>
+MetaValue numbers(GgufReader& r, uint64_t count) {
+  std::vector<T> out(static_cast<size_t>(count));  // expect() has shown that the file holds them
+  for (size_t at = 0; at < out.size();) {
+    const size_t n = std::min(out.size() - at, r.kChunk / sizeof(T));
+    std::memcpy(out.data() + at, r.take(n * sizeof(T)), n * sizeof(T));
+    at += n;
   }
-  return out;
+  return {std::move(out)};
 }
 
 bool boolean(GgufReader& r) {
@@ -117,20 +112,20 @@ MetaValue array(GgufReader& r, int depth) {
   const auto count = r.number<uint64_t>();
   r.expect(count, least_size(type));
   switch (type) {
-    case kU8: return {numbers<uint8_t, uint64_t>(r, count)};
-    case kU16: return {numbers<uint16_t, uint64_t>(r, count)};
-    case kU32: return {numbers<uint32_t, uint64_t>(r, count)};
-    case kU64: return {numbers<uint64_t, uint64_t>(r, count)};
-    case kI8: return {numbers<int8_t, int64_t>(r, count)};
-    case kI16: return {numbers<int16_t, int64_t>(r, count)};
-    case kI32: return {numbers<int32_t, int64_t>(r, count)};
-    case kI64: return {numbers<int64_t, int64_t>(r, count)};
-    case kF32: return {numbers<float, double>(r, count)};
-    case kF64: return {numbers<double, double>(r, count)};
+    case kU8: return numbers<uint8_t>(r, count);
+    case kU16: return numbers<uint16_t>(r, count);
+    case kU32: return numbers<uint32_t>(r, count);
+    case kU64: return numbers<uint64_t>(r, count);
+    case kI8: return numbers<int8_t>(r, count);
+    case kI16: return numbers<int16_t>(r, count);
+    case kI32: return numbers<int32_t>(r, count);
+    case kI64: return numbers<int64_t>(r, count);
+    case kF32: return numbers<float>(r, count);
+    case kF64: return numbers<double>(r, count);
     default: break;
   }
-  // Elements below are checked one by one, so the vectors grow with what was really read.
   const auto each = [&](auto out, auto read) -> MetaValue {
+    out.reserve(static_cast<size_t>(count));
     for (uint64_t i = 0; i < count; ++i) {
       r.index = i;
       out.push_back(read());

@@ -3,6 +3,9 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
+#include <concepts>
+#include <memory>
+
 #include "../error.h"
 #include "../gguf.h"
 #include "bind.h"
@@ -20,9 +23,16 @@ nb::object owned(PyObject* p) {
   return nb::steal(p);
 }
 
-PyObject* raw(uint64_t v) { return PyLong_FromUnsignedLongLong(v); }
-PyObject* raw(int64_t v) { return PyLong_FromLongLong(v); }
+template <std::unsigned_integral T>
+PyObject* raw(T v) {
+  return PyLong_FromUnsignedLongLong(v);
+}
+template <std::signed_integral T>
+PyObject* raw(T v) {
+  return PyLong_FromLongLong(v);
+}
 PyObject* raw(double v) { return PyFloat_FromDouble(v); }
+PyObject* raw(float v) { return PyFloat_FromDouble(double{v}); }
 PyObject* raw(bool v) { return PyBool_FromLong(v); }
 // Strings are UTF-8 by the specification; bytes that are not survive as lone surrogates.
 PyObject* raw(const std::string& v) {
