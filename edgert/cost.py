@@ -8,7 +8,7 @@ from typing import Protocol
 
 from edgert.models.spec import ModelSpec
 
-KV_ELEMENT_BYTES = {"f16": 2.0, "f32": 4.0, "int8": 1.0 + 2.0 / 32}
+KV_ELEMENT_BYTES = {"f16": 2}
 
 
 class SizedTensor(Protocol):

@@ -1,4 +1,4 @@
-"""The `edgert` command. A verb is a module of this package with ``HELP``, ``add_arguments(parser)`` and
+"""The `edgert` command. A verb is a module of this package with ``add_arguments(parser)`` and
 ``main(args) -> int``; only the one that is asked for is imported.
 
 Exit codes: 0 done, 1 failure, 2 wrong use, 130 Ctrl-C, 141 the reader of our output went away.

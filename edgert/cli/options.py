@@ -31,7 +31,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument("--engine", default="auto", metavar="NAME", help="auto (default), native or llamacpp")
     load.add_argument(
-        "--kv", default="f16", metavar="TYPE", help="keys and values kept as f16 (default) or int8"
+        "--kv", default="f16", metavar="TYPE", help="type of the keys and values kept; default: f16"
     )
 
     make = parser.add_argument_group("generation")

@@ -67,7 +67,8 @@ def bytes_per_token(model: Model, stats: Stats) -> float:
 
     file = _native.GgufFile(model.path)
     tensors = file.tensors
-    weights = stats.bytes_per_token or weight_bytes(tensors).per_token
+    # Packed weights may be larger or smaller than those of the file; native says what it reads.
+    weights = model.engine.describe().get("weight_bytes_per_step") or weight_bytes(tensors).per_token
     try:
         spec = load_spec(file.metadata, {t.name: t.shape for t in tensors})
     except (BadModelMetadata, UnsupportedArchitecture):
@@ -119,7 +120,10 @@ def speed_line(report: dict[str, Any]) -> str:
             f"{report['machine_bytes_per_second'] / 1e9:.1f} GB/s this machine reads "
             f"({report['share_of_machine']:.0%})"
         )
-    about = " ".join(str(engine[k]) for k in ("engine", "isa") if engine.get(k))
+    # llama.cpp lists every feature it was built for; one name tells enough here.
+    isa = str(engine.get("isa") or "").split()
+    best = next((name for name in ("AVX512_VNNI", "AVX512", "AVX2", "DOTPROD", "NEON") if name in isa), "")
+    about = f"{engine['engine']} {best or ' '.join(isa[:1])}".strip()
     threads = engine.get("threads")
     parts.append(f"{about}, {threads} threads" if threads else about)
     return " | ".join(parts)
