@@ -44,8 +44,8 @@ class Stats:
 
     Times count work only: what the caller does between two pieces is not in them.
     ``prompt_seconds`` covers the tokens that were evaluated (``prompt_tokens - reused_tokens``),
-    ``generation_seconds`` the tokens after the first. ``bytes_per_token`` is what the engine says
-    it reads of the weights for one token (None when it does not say).
+    ``generation_seconds`` the tokens after the first. ``bytes_per_token`` is what the engine
+    says it reads of the weights for one token (None when it does not say).
     """
 
     prompt_tokens: int
@@ -147,6 +147,7 @@ class Stream(Iterator[Piece]):
         self._tokens: list[int] = []
         self._texts: list[str] = []
         self._logprobs: list[Logprob] = []
+        self._bytes_per_token: int | None = session.model.engine.describe().get("weight_bytes_per_step")
         self._reused = 0
         self._finish: FinishReason | None = None
         self._cancelled = False
@@ -198,7 +199,7 @@ class Stream(Iterator[Piece]):
             generation_seconds=self._last_at - self._first_at,
             time_to_first_token=self._first_at,
             peak_memory=peak_memory(),
-            bytes_per_token=self._session.model.memory().get("weights_read"),
+            bytes_per_token=self._bytes_per_token,
             seed=self._options.seed or 0,
             finish_reason=finish,
         )
@@ -225,7 +226,7 @@ class Stream(Iterator[Piece]):
 
     def _logits(self) -> Logits | None:
         """Logits for the next token; None when the reply was cancelled."""
-        if self._cancelled or self._session.stream_in_use is not self:
+        if self._cancelled or not self._session.serves(self):
             return None
         if self._tokens:
             return self._session.step(self._tokens[-1])

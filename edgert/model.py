@@ -33,7 +33,7 @@ def load(
     ``engine``: "native", "llamacpp", or "auto", which is native for what native knows.
     ``threads``: 0 takes as many as the machine has cores. ``context``: positions a session may
     hold; None is what the model was made for (memory is only taken as a session grows).
-    ``kv``: type of the cached keys and values, "f16" or "int8". Raises UsageError, ModelFileError,
+    ``kv``: type of the cached keys and values ("f16"). Raises UsageError, ModelFileError,
     UnsupportedModelError, TokenizerError or EngineError.
     """
     from . import hub
@@ -47,6 +47,12 @@ def load(
         raise UsageError(f"context must be 2 to {trained}, which the model was made for, not {context!r}")
     tokenizer = Tokenizer.from_gguf(metadata)
     loaded = engine_for(file, metadata, engine, threads, kv, context)
+    if tokenizer.vocab_size != loaded.vocab_size:
+        raise ModelFileError(
+            f"{file.path}: {tokenizer.vocab_size} tokens in its tokenizer and {loaded.vocab_size} rows in its "
+            "vocabulary head: expected as many; download or convert it again",
+            file.path,
+        )
     return Model(loaded, tokenizer, path=file.path, context=context, trained_context=trained, kv=kv)
 
 
@@ -64,6 +70,7 @@ class Model:
         self.path, self.context, self.trained_context, self.kv = path, context, trained_context, kv
         self.vocab_size = engine.vocab_size
         self._fingerprint = ""
+        self._closed = False
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """The reply to ``prompt`` (text, or token ids) piece by piece. Options:
@@ -86,6 +93,8 @@ class Model:
 
     def session(self) -> Session:
         """A new session: it keeps its cache from one request to the next. A context manager."""
+        if self._closed:
+            raise UsageError("this model is closed: load it again")
         return Session(self, self.context)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -94,7 +103,8 @@ class Model:
             return self.tokenizer.encode(prompt)
         given: Any = prompt
         try:
-            ids = [operator.index(token) for token in given]
+            # Bytes would pass as ids of their own.
+            ids = [operator.index(token) for token in (None if isinstance(given, bytes) else given)]
         except TypeError:
             raise UsageError(
                 f"a prompt is text or a list of token ids, not {given!r:.80}; for messages use chat()"
@@ -129,8 +139,10 @@ class Model:
         return {"model": self._fingerprint, "engine": self.engine.name, "kv": self.kv}
 
     def close(self) -> None:
-        """Free the model. Its sessions cannot be used any more."""
-        self.engine.close()
+        """Free the model. Close its sessions first: they keep it in memory."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
 
     def __enter__(self) -> Model:
         return self

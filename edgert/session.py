@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
@@ -40,7 +41,8 @@ class Session:
         self.model = model
         self.context = context
         self.lock = threading.RLock()
-        self.stream_in_use: Stream | None = None
+        # Weak: with a cycle, an abandoned reply would keep its cache until the collector runs.
+        self._stream: weakref.ref[Stream] | None = None
         self._sequence = model.engine.session(context)
         self._tokens: list[int] = []
         self._closed = False
@@ -71,8 +73,9 @@ class Session:
 
     def cancel(self) -> None:
         """End the running reply, if any, before its next token. Callable from any thread."""
-        if self.stream_in_use:
-            self.stream_in_use.cancel()
+        stream = self._stream and self._stream()
+        if stream:
+            stream.cancel()
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cache to ``path``, whole or not at all."""
@@ -101,7 +104,7 @@ class Session:
             except EngineError as error:
                 new.close()
                 raise SessionFileError(f"{path} does not fit this model: {error}", str(path)) from error
-            self.stream_in_use = None
+            self._stream = None
             self._sequence, self._tokens = new, tokens
             old.close()
 
@@ -110,7 +113,7 @@ class Session:
         with self.lock:
             if not self._closed:
                 self._closed = True
-                self.stream_in_use = None
+                self._stream = None
                 self._sequence.close()
 
     def __enter__(self) -> Session:
@@ -120,6 +123,10 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def serves(self, stream: Stream) -> bool:
+        """Whether ``stream`` is the request in work, not one that a later one ended."""
+        return self._stream is not None and self._stream() is stream
 
     def prefill(self, prompt: Sequence[int], cancelled: Callable[[], bool]) -> tuple[Logits | None, int]:
         """Make the cache hold ``prompt``. Returns the logits after it (None when ``cancelled`` said
@@ -174,7 +181,7 @@ class Session:
         with self.lock:
             self._open()
             stream = Stream(self, prompt, options, began, owns_session=owns_session)
-            self.stream_in_use = stream
+            self._stream = weakref.ref(stream)
         return stream
 
 

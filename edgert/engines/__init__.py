@@ -8,12 +8,13 @@ from os import PathLike
 from typing import Any
 
 from edgert import _native
-from edgert.errors import ModelFileError, UnsupportedModelError, UsageError
+from edgert.errors import EngineError, ModelFileError, UnsupportedModelError, UsageError
 
+from . import llamacpp
 from .base import Engine
 
 ENGINES = ("auto", "native", "llamacpp")
-KV_TYPES = ("f16", "int8")
+KV_TYPES = ("f16",)
 
 
 def open_engine(
@@ -48,28 +49,25 @@ def engine_for(
         raise UsageError(f"unknown kv type {kv!r}: expected one of {', '.join(KV_TYPES)}")
     if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= 1024:
         raise UsageError(f"threads must be 0 (as many as the machine has cores) to 1024, not {threads!r}")
-    if engine != "llamacpp":
-        try:
-            return _open_native(file, metadata, threads, kv)
-        except UnsupportedModelError as error:
-            architecture = metadata.get("general.architecture")
-            if engine == "native":
-                raise UnsupportedModelError(
-                    f"{file.path}: {error}; try engine='llamacpp', which runs more architectures"
-                ) from error
-            if find_spec("llama_cpp") is None:
-                raise UnsupportedModelError(
-                    f"{file.path}: the native engine cannot run this model of architecture {architecture!r} "
-                    f"({error}); install the engine that may: pip install 'edgert[llamacpp]'"
-                ) from error
-    if kv != "f16":
-        raise UsageError(f"the llamacpp engine keeps keys and values as f16: kv={kv!r} needs engine='native'")
-    from . import llamacpp
-
-    return llamacpp.open(file.path, threads, context)
+    if engine == "llamacpp":
+        return llamacpp.open(file.path, threads, context)
+    try:
+        return _open_native(file, metadata, threads)
+    except UnsupportedModelError as error:
+        what = f"{file.path}: the native engine cannot run this model: {error}"
+        if engine == "native":
+            raise UnsupportedModelError(f"{what}; try engine='llamacpp', which knows more models") from error
+        if find_spec("llama_cpp") is None:
+            raise UnsupportedModelError(
+                f"{what}; install the engine that may: pip install 'edgert[llamacpp]'"
+            ) from error
+    try:
+        return llamacpp.open(file.path, threads, context)
+    except EngineError as error:
+        raise UnsupportedModelError(f"{what}, nor can the llamacpp engine: {error}") from error
 
 
-def _open_native(file: _native.GgufFile, metadata: Mapping[str, Any], threads: int, kv: str) -> Engine:
+def _open_native(file: _native.GgufFile, metadata: Mapping[str, Any], threads: int) -> Engine:
     from edgert.models import BadModelMetadata, UnsupportedArchitecture, load_spec
 
     from .native import NativeEngine
@@ -80,4 +78,4 @@ def _open_native(file: _native.GgufFile, metadata: Mapping[str, Any], threads: i
         raise UnsupportedModelError(str(error)) from error
     except BadModelMetadata as error:
         raise ModelFileError(f"{file.path}: {error}", file.path) from error
-    return NativeEngine(file, spec, threads, kv)
+    return NativeEngine(file, spec, threads)
