@@ -47,12 +47,6 @@ def load(
         raise UsageError(f"context must be 2 to {trained}, which the model was made for, not {context!r}")
     tokenizer = Tokenizer.from_gguf(metadata)
     loaded = engine_for(file, metadata, engine, threads, kv, context)
-    if tokenizer.vocab_size != loaded.vocab_size:
-        raise ModelFileError(
-            f"{file.path}: {tokenizer.vocab_size} tokens in its tokenizer and {loaded.vocab_size} rows in its "
-            "vocabulary head: expected as many; download or convert it again",
-            file.path,
-        )
     return Model(loaded, tokenizer, path=file.path, context=context, trained_context=trained, kv=kv)
 
 

@@ -321,7 +321,11 @@ def test_unknown_options_are_named() -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    given_options = {"max_tokens": np.int64(3), "temperature": np.float32(0.5), "logit_bias": {np.int32(4): 1}}
+    given_options = {
+        "max_tokens": np.int64(3),
+        "temperature": np.float32(0.5),
+        "logit_bias": {np.int32(4): 1},
+    }
     options = make_options(given_options, VOCAB)
     assert (options.max_tokens, options.temperature, options.logit_bias) == (3, 0.5, {4: 1.0})
 

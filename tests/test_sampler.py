@@ -30,7 +30,11 @@ def gumbel(seed: int, position: int, token: int) -> float:
 
 
 def adjusted(
-    logits: np.ndarray, prompt: Sequence[int], reply: Sequence[int], bias: Sequence[tuple[int, float]], **o: Any
+    logits: np.ndarray,
+    prompt: Sequence[int],
+    reply: Sequence[int],
+    bias: Sequence[tuple[int, float]],
+    **o: Any,
 ) -> np.ndarray:
     x = logits.astype(np.float32).copy()
     for token in {*prompt, *reply}:
