@@ -75,7 +75,7 @@ def test_a_stop_string_ends_the_reply_before_it() -> None:
     so_far = ""
     for piece in pieces:
         so_far += piece.text
-        assert not so_far.endswith("s") or shown.startswith(so_far + " ") or shown.startswith(so_far + "h")
+        assert not so_far.endswith("s") or shown.startswith((so_far + " ", so_far + "h"))
 
 
 def test_what_looked_like_a_stop_string_is_shown_at_the_end() -> None:
@@ -356,7 +356,7 @@ def test_bad_prompts_are_refused(call: Callable[[Any], Any]) -> None:
 
 
 def test_a_closed_model_says_so() -> None:
-    model, engine = fake_model()
+    model, _ = fake_model()
     with model:
         stream = model.stream("x", max_tokens=2)
         collect(stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -161,7 +162,7 @@ def test_neighbouring_draws_are_independent(other: str) -> None:
         tokens = [sampler.sample(x, p) for p in range(draws + 1)]
     else:
         tokens = [_native.Sampler(n, temperature=1.0, seed=s).sample(x, 7) for s in range(draws + 1)]
-    pairs = np.bincount([a * n + b for a, b in zip(tokens, tokens[1:], strict=False)], minlength=n * n)
+    pairs = np.bincount([a * n + b for a, b in itertools.pairwise(tokens)], minlength=n * n)
     assert chi_square(pairs, np.full(n * n, draws / n**2)) < 5
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import random
+import struct
 import threading
 import weakref
 from pathlib import Path
@@ -252,13 +254,11 @@ def test_a_damaged_file_is_refused(weights: Path, tmp_path: Path) -> None:
 
 
 def test_a_header_that_lies_is_refused(weights: Path, tmp_path: Path) -> None:
-    import hashlib
-    import struct
-
     model, _ = fake_model(weights)
     path = tmp_path / "s"
-    for header in (b"", b"[]", b"{", b'{"model": {}, "tokens": 10, "state": 0}', b"\xff",
-                   b'{"model": {}, "tokens": -1, "state": 4}', b'{"model": 3, "tokens": 0, "state": 0}'):  # fmt: skip
+    headers = [b"", b"[]", b"{", b"\xff", b'{"model": {}, "tokens": 10, "state": 0}']
+    headers += [b'{"model": {}, "tokens": -1, "state": 4}', b'{"model": 3, "tokens": 0, "state": 0}']
+    for header in headers:
         for length in (len(header), 2**32 - 1):
             body = session_file.MAGIC + struct.pack("<I", length) + header
             path.write_bytes(body + hashlib.sha256(body).digest())
