@@ -104,6 +104,16 @@ def test_kernels_agree_with_arithmetic(host: Path) -> None:
     assert [line.split(":")[0] for line in out.splitlines()] == _native.isa_levels()
 
 
+def test_files_of_an_isa_level_share_no_functions(host: Path) -> None:
+    """A weak function in an object built with ISA flags may be the copy the linker keeps for everybody,
+    and would then run on a CPU without these instructions."""
+    objects = sorted(host.parent.rglob("kernels_*.o"))
+    assert len(objects) >= 2
+    for path in objects:
+        symbols = [line.split()[-2:] for line in run("nm", "--defined-only", path).decode().splitlines()]
+        assert [name for kind, name in symbols if kind in "WVi"] == [], path.name
+
+
 @pytest.mark.parametrize(("name", "quant"), MODELS)
 def test_levels_and_threads_agree_on_tiny_models(name: str, quant: str, host: Path, tmp_path: Path) -> None:
     program: list[str | Path] = [host / "run_model"]

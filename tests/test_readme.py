@@ -1,0 +1,71 @@
+"""What the README says can be typed, can be typed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import real_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A cache with the README's model in it, and this interpreter's commands first in PATH."""
+    model = real_model("smollm2-135m")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / model.name).symlink_to(model)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "EDGERT_CACHE": str(tmp_path), "PATH": path}
+
+
+def run(command: list[str], cwd: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(command, cwd=cwd, env=environment, input="Hello.\n", capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_python_example_runs(environment: dict[str, str], tmp_path: Path) -> None:
+    (code,) = blocks("python")
+    out = run([sys.executable, "-c", code], tmp_path, environment)
+    assert "Paris" in out.splitlines()[0]
+    assert (tmp_path / "colour.session").stat().st_size > 0
+
+
+def test_command_line_examples_run(environment: dict[str, str], tmp_path: Path) -> None:
+    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("edgert ")]
+    assert {line.split()[1] for line in lines} >= {"run", "chat", "pull", "info", "doctor"}
+    for line in lines:
+        assert run(shlex.split(line, comments=True), tmp_path, environment).strip(), line
+
+
+def test_make_targets_exist() -> None:
+    rules = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = {
+        target
+        for doc in DOCS  # only what stands in code: prose has the verb too
+        for target in re.findall(r"(?:`|^)make ([a-z-]+)", doc.read_text(), re.MULTILINE)
+    }
+    assert {"demo", "test"} <= named <= set(rules)
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
+def test_links_and_paths_exist(doc: Path) -> None:
+    text = doc.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (doc.parent / link).exists(), link
+    folders = "edgert|native|models|platforms|bench|export|tests|docs|cmake|fuzz"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
+        assert list(ROOT.glob(path)), path
