@@ -87,7 +87,7 @@ class LlamaCppEngine:
     name = "llamacpp"
 
     def __init__(self, path: Path, threads: int, context: int | None, flash_attn: bool | None) -> None:
-        self._api = _load_api()
+        self.api = _load_api()
         if not path.is_file():
             raise ModelFileError(f"expected a GGUF file at {path}, found none; check the path", str(path))
         if threads < 0:
@@ -96,18 +96,18 @@ class LlamaCppEngine:
             affinity = getattr(os, "sched_getaffinity", None)
             threads = len(affinity(0)) if affinity else os.cpu_count() or 1
         self.threads, self.flash_attn = threads, flash_attn
-        params = self._api.llama_model_default_params()
+        params = self.api.llama_model_default_params()
         params.n_gpu_layers = 0
         _log_lines.clear()
-        self._model: Any = self._api.llama_model_load_from_file(str(path).encode(), params)
+        self._model: Any = self.api.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise EngineError(f"llama.cpp cannot load {path}{_reason()}")
         self._sessions: weakref.WeakSet[LlamaCppSession] = weakref.WeakSet()
-        trained: int = self._api.llama_model_n_ctx_train(self._model)
+        trained: int = self.api.llama_model_n_ctx_train(self._model)
         if context is not None and context < 1:
             raise EngineError(f"expected a context of at least 1 position, found {context}")
         self._context = min(context or trained, trained)
-        self._vocab: int = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
+        self._vocab: int = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self._model))
 
     @property
     def model(self) -> Any:
@@ -127,14 +127,14 @@ class LlamaCppEngine:
     @property
     def window(self) -> int:
         """Width of the sliding-window layers, 0 when there are none."""
-        return int(self._api.llama_model_n_swa(self.model))
+        return int(self.api.llama_model_n_swa(self.model))
 
     @property
     def fingerprint(self) -> bytes:
         """32 bytes over what llama.cpp says of the model; snapshots carry it."""
         text = ctypes.create_string_buffer(256)
-        self._api.llama_model_desc(self.model, text, len(text))
-        sizes = (self._api.llama_model_size(self.model), self._api.llama_model_n_params(self.model))
+        self.api.llama_model_desc(self.model, text, len(text))
+        sizes = (self.api.llama_model_size(self.model), self.api.llama_model_n_params(self.model))
         return hashlib.sha256(repr((text.value, *sizes, self._vocab)).encode()).digest()
 
     def session(self, context: int) -> LlamaCppSession:
@@ -148,10 +148,10 @@ class LlamaCppEngine:
     def memory(self) -> dict[str, int]:
         """Weights, and the KV cache in use by open sessions (what is reserved is more)."""
         kv = sum(session.state_bytes() for session in self._sessions)
-        return {"weights": int(self._api.llama_model_size(self.model)), "kv": kv}
+        return {"weights": int(self.api.llama_model_size(self.model)), "kv": kv}
 
     def describe(self) -> dict[str, Any]:
-        info = self._api.llama_print_system_info().decode()
+        info = self.api.llama_print_system_info().decode()
         flash = {None: "auto", True: "on", False: "off"}[self.flash_attn]
         return {
             "engine": self.name,
@@ -167,7 +167,7 @@ class LlamaCppEngine:
         for session in list(self._sessions):
             session.close()
         if self._model:
-            self._api.llama_model_free(self._model)
+            self.api.llama_model_free(self._model)
             self._model = None
 
 
@@ -175,7 +175,7 @@ class LlamaCppSession:
     """One llama_context with one sequence (number 0) in it."""
 
     def __init__(self, engine: LlamaCppEngine, context: int) -> None:
-        self._engine, self._api, self._capacity = engine, engine._api, context
+        self._engine, self._api, self._capacity = engine, engine.api, context
         params = self._api.llama_context_default_params()
         params.n_ctx = context
         params.n_threads = params.n_threads_batch = engine.threads

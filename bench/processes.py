@@ -1,0 +1,105 @@
+"""What needs a process of its own: time from the start to the first token, and peak memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgert.bench.measure import Row, say
+from edgert.bench.quiet import Watch
+from edgert.bench.runners import LlamaCpp, Native, Runner
+
+from edgert.errors import EngineError
+
+# The shortest program that does with llama-cpp-python what `edgert run --raw` does.
+LLAMA_CPP_PROGRAM = """
+import sys
+from llama_cpp import Llama
+path, prompt, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+llm = Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+for piece in llm.create_completion(prompt, max_tokens=4, temperature=0.0, stream=True):
+    print(piece["choices"][0]["text"], end="", flush=True)
+"""
+
+
+def time_start(path: Path, prompt: str, tokens: int, threads: int, repetitions: int) -> Row:
+    """Seconds from starting the process to its first byte of text, file cache warm. Greedy."""
+    run = [sys.executable, "-m", "edgert", "run", str(path), prompt, "--raw", "--max-tokens", "4"]
+    programs = {
+        "edgert": [*run, "--context", "512", "--threads", str(threads)],
+        "llama.cpp": [sys.executable, "-c", LLAMA_CPP_PROGRAM, str(path), prompt, str(threads)],
+    }
+    first_texts: dict[str, bytes] = {}
+    row = Row("start", tokens, unit="s", peers={"llama.cpp": []})
+    for program in programs.values():
+        _first_byte(program)  # fills the file cache
+    watch = Watch()
+    for turn in range(repetitions):
+        for label in sorted(programs, reverse=bool(turn % 2)):
+            seconds, first_texts[label] = _first_byte(programs[label])
+            (row.ours if label == "edgert" else row.peers[label]).append(seconds)
+            say(f"  start: {label} {seconds:.3f} s")
+    row.same, row.compared = int(len(set(first_texts.values())) == 1), 1
+    row.others = watch.share()
+    return row
+
+
+def _first_byte(command: Sequence[str]) -> tuple[float, bytes]:
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        first = os.read(process.stdout.fileno(), 1)
+        seconds = time.perf_counter() - start
+        rest, errors = process.communicate()
+    if process.returncode != 0 or not first:
+        raise EngineError(f"{command[0]} {command[1]} … failed: {errors.decode(errors='replace')[-500:]}")
+    return seconds, (first + rest).strip()
+
+
+def peak_memory(engine: str, path: Path, threads: int, tokens: Sequence[int]) -> int:
+    """Peak resident bytes of a process that loads the model and evaluates ``tokens``."""
+    command = [sys.executable, "-m", "edgert.bench.processes", engine, str(path), str(threads)]
+    done = subprocess.run(command, input=json.dumps(list(tokens)), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise EngineError(f"measuring the memory of {engine} failed: {done.stderr[-500:]}")
+    return int(done.stdout)
+
+
+def _peak_resident() -> int:
+    # ru_maxrss of a child begins with what its parent had, so the kernel's own mark comes first.
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return usage if sys.platform == "darwin" else usage * 1024
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
+
+
+def _child() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("engine", choices=("edgert", "llama.cpp"))
+    parser.add_argument("path", type=Path)
+    parser.add_argument("threads", type=int)
+    args = parser.parse_args()
+    tokens = json.load(sys.stdin)
+    context = len(tokens) + 8
+    runner: Runner = (
+        Native(args.path, args.threads, context)
+        if args.engine == "edgert"
+        else LlamaCpp(args.path, args.threads, context, flash_attn=True)
+    )
+    runner.prefill(tokens[:-8])
+    for token in tokens[-8:]:
+        runner.step(token)
+    print(_peak_resident())
+
+
+if __name__ == "__main__":
+    _child()
