@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import shutil
 import time
@@ -27,8 +26,6 @@ RETRY_WAIT = 0.5  # seconds before the first retry; doubles each time
 TIMEOUT = 30.0  # seconds without an answer or a byte
 CHUNK = 1 << 18
 
-_log = logging.getLogger("edgert")
-
 
 class Reporter:
     """Where a download says how far it is. This one logs notes and shows no progress; the command line
@@ -36,7 +33,9 @@ class Reporter:
 
     def note(self, text: str) -> None:
         """Something the user must see: licence terms, waiting for another process."""
-        _log.warning("%s", text)
+        import logging
+
+        logging.getLogger("edgert").warning("%s", text)
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         """``done`` of ``total`` bytes of ``what`` are there (``total`` None: the server did not say)."""

