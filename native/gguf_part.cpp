@@ -180,7 +180,7 @@ void read_metadata(GgufReader& r, GgufPart& part, uint64_t count) {
       r.fail_at(start, "expected at most 65535 bytes, found " + std::to_string(key.size()));
     if (!part.keys.emplace(key, part.metadata.size()).second)
       r.fail_at(start, "the key '" + printable(key) + "' occurs twice");
-    r.subject = printable(key), r.index = GgufReader::kNoIndex, r.part = "(type)";
+    r.subject = key.empty() ? "''" : printable(key), r.index = GgufReader::kNoIndex, r.part = "(type)";
     const uint32_t type = value_type(r);
     r.part = "";
     part.metadata.emplace_back(std::move(key), value(r, type, 0));

@@ -249,6 +249,11 @@ def test_names_in_utf8(tmp_path: Path) -> None:
     assert file.metadata_keys == names == [t.name for t in file.tensors]
 
 
+def test_empty_key_still_names_a_field(tmp_path: Path) -> None:
+    error = refused(tmp_path, build([("", BOOL, 7)]).data)
+    assert isinstance(error, ModelFileError) and error.field == "''"
+
+
 def test_names_in_messages_are_harmless(tmp_path: Path) -> None:
     """A name from a file can neither move the cursor of a terminal nor fill it."""
     error = refused(tmp_path, build([], [Tensor("\x1b[2Jé" + "x" * 5000, (0,))]).data)
