@@ -12,7 +12,7 @@ NATIVE := pyproject.toml CMakeLists.txt native native/bind \
   $(wildcard native/CMakeLists.txt native/*.cpp native/*.h native/bind/*)
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-slow test-arm models lint stub bench fuzz sdist clean
+.PHONY: build demo test test-slow test-arm models lint stub bench table fuzz sdist clean
 
 build: $(DONE)/edgert
 
@@ -51,7 +51,11 @@ stub: $(DONE)/edgert $(DONE)/test
 	$(BIN)/ruff format -q edgert/_native.pyi
 
 bench: models
-	$(BIN)/edgert bench
+	$(BIN)/python -m edgert.bench.compare
+
+# README's table from the newest results.
+table: $(DONE)/edgert
+	$(BIN)/python -m edgert.bench.readme_table
 
 fuzz: $(DONE)/test
 	$(MAKE) -C fuzz

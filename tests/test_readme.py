@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import real_model
+from edgert.bench.readme_table import BEGIN, END, insert, table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -69,3 +71,32 @@ def test_links_and_paths_exist(doc: Path) -> None:
     folders = "edgert|native|models|platforms|bench|export|tests|docs|cmake|fuzz"
     for path in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
         assert list(ROOT.glob(path)), path
+
+
+def test_table_is_that_of_the_results() -> None:
+    results = sorted((ROOT / "bench/results").glob("*.json"))
+    made = [insert(README, table(json.loads(path.read_text()))) for path in results]
+    assert README in (made or [insert(README, "").replace(f"{BEGIN}\n\n{END}", f"{BEGIN}\n{END}")])
+
+
+def test_table_shows_medians_and_the_better_setting() -> None:
+    row = {
+        "what": "decode",
+        "tokens": 2048,
+        "unit": "tok/s",
+        "ours": [80.0, 100.0, 90.0],
+        "peers": {"llama.cpp": [30.0, 31.0, 32.0], "llama.cpp, flash attention": [44.0, 45.0, 46.0]},
+        "peer": "llama.cpp, flash attention",
+        "ratios": [1.8, 2.0, 2.2],
+        "shares": [0.7, 0.8, 0.9],
+    }
+    start = {**row, "what": "start", "tokens": 20, "unit": "s", "shares": []}
+    text = table({"machine": {"cpu": "Some CPU", "cores": 2}, "models": {"tiny": {"rows": [row, start]}}})
+    assert "| tiny | decode at 2,048 | 90 tok/s | 45 tok/s | 2.00 | 80% |" in text.splitlines()
+    assert text.splitlines()[-1].endswith("| 90.00 s | 45.00 s | 2.00 |  |")
+
+
+def test_table_needs_both_markers() -> None:
+    assert insert(f"a {BEGIN} old {END} b", "new") == f"a {BEGIN}\nnew\n{END} b"
+    with pytest.raises(ValueError, match="markers|put them back"):
+        insert(f"a {BEGIN} b", "new")
