@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -144,9 +144,7 @@ class Stream(Iterator[Piece]):
         self._stops = StopStrings(options.stop)
         room = session.context - len(prompt)
         self._limit = room if options.max_tokens is None else min(room, options.max_tokens)
-        self._tokens: list[int] = []
-        self._texts: list[str] = []
-        self._logprobs: list[Logprob] = []
+        self._pieces: list[Piece] = []
         self._bytes_per_token: int | None = session.model.engine.describe().get("weight_bytes_per_step")
         self._reused = 0
         self._finish: FinishReason | None = None
@@ -170,7 +168,7 @@ class Stream(Iterator[Piece]):
                 self._end("cancelled")
                 raise
             now = time.perf_counter()
-            if not self._tokens[1:]:
+            if len(self._pieces) <= 1:
                 self._first_at = self._spent + now - began
             self._spent += now - began
             self._last_at = self._spent
@@ -191,10 +189,11 @@ class Stream(Iterator[Piece]):
     def reply(self) -> Reply:
         """The reply as far as it has come; whole when the stream has ended."""
         finish = self._finish or "cancelled"
+        tokens = tuple(p.token for p in self._pieces if p.token is not None)
         stats = Stats(
             prompt_tokens=len(self._prompt),
             reused_tokens=self._reused,
-            generated_tokens=len(self._tokens),
+            generated_tokens=len(tokens),
             prompt_seconds=self._prefill_time,
             generation_seconds=self._last_at - self._first_at,
             time_to_first_token=self._first_at,
@@ -203,50 +202,52 @@ class Stream(Iterator[Piece]):
             seed=self._options.seed or 0,
             finish_reason=finish,
         )
-        logprobs = None if self._options.logprobs is None else tuple(self._logprobs)
-        text = "".join(self._texts)
-        return Reply(text, tuple(self._tokens), stats, finish, self._stops.found, logprobs)
+        logprobs = None
+        if self._options.logprobs is not None:
+            logprobs = tuple((p.logprob, p.top_logprobs) for p in self._pieces if p.logprob is not None)
+        text = "".join(p.text for p in self._pieces)
+        return Reply(text, tokens, stats, finish, self._stops.found, logprobs)
 
     def _advance(self) -> Piece:
         logits = self._logits()
         if logits is None:
-            return self._emit("", None, "cancelled")
-        token = self._sampler.sample(logits, len(self._prompt) + len(self._tokens))
+            return self._emit(Piece("", None, finish_reason="cancelled"))
+        token = self._sampler.sample(logits, len(self._prompt) + len(self._pieces))
+        logprob: float | None = None
+        best: list[tuple[int, float]] = []
         if self._options.logprobs is not None:
-            own, best = self._sampler.logprobs(logits, token, self._options.logprobs)
-            self._logprobs.append((own, tuple(best)))
+            logprob, best = self._sampler.logprobs(logits, token, self._options.logprobs)
         self._sampler.accept(token)
-        self._tokens.append(token)
+        finish: FinishReason | None = "length" if len(self._pieces) + 1 >= self._limit else None
+        text = ""
         if token in self._session.model.tokenizer.eos_ids:
-            return self._emit("", token, "stop")
-        text = self._stops.push(self._decoder.push(token))
-        if self._stops.found:
-            return self._emit(text, token, "stop")
-        return self._emit(text, token, "length" if len(self._tokens) >= self._limit else None)
+            finish = "stop"
+        else:
+            text = self._stops.push(self._decoder.push(token))
+        return self._emit(Piece(text, token, logprob, tuple(best), finish))
 
     def _logits(self) -> Logits | None:
         """Logits for the next token; None when the reply was cancelled."""
         if self._cancelled or not self._session.serves(self):
             return None
-        if self._tokens:
-            return self._session.step(self._tokens[-1])
+        if self._pieces and (last := self._pieces[-1].token) is not None:
+            return self._session.step(last)
         began = time.perf_counter()
         logits, self._reused = self._session.prefill(self._prompt, lambda: self._cancelled)
         self._prefill_time = time.perf_counter() - began
         return logits
 
-    def _emit(self, text: str, token: int | None, finish: FinishReason | None) -> Piece:
-        if finish and not self._stops.found:
-            text += self._stops.push(self._decoder.flush())
-            if self._stops.found:
-                finish = "stop"
-            else:
-                text += self._stops.flush()
-        self._texts.append(text)
-        own, best = self._logprobs[-1] if self._logprobs and token is not None else (None, ())
-        piece = Piece(text, token, own, best, finish)
-        if finish:
-            self._end(finish)
+    def _emit(self, piece: Piece) -> Piece:
+        """The piece with what was held back, if it is the last."""
+        if piece.finish_reason and not self._stops.found:
+            piece = replace(piece, text=piece.text + self._stops.push(self._decoder.flush()))
+            if not self._stops.found:
+                piece = replace(piece, text=piece.text + self._stops.flush())
+        if self._stops.found:
+            piece = replace(piece, finish_reason="stop")
+        self._pieces.append(piece)
+        if piece.finish_reason:
+            self._end(piece.finish_reason)
         return piece
 
     def _end(self, finish: FinishReason) -> None:
