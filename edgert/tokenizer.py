@@ -23,10 +23,10 @@ class Tokenizer:
     def __init__(self, vocab: Vocab, encoder: _Encoder, chat_template: ChatTemplate | None) -> None:
         self._vocab, self._encoder, self._template = vocab, encoder, chat_template
         self._bytes: dict[int, bytes] = {}
-        matched = vocab.control | vocab.user_defined
+        special = [(vocab.pieces[i], i) for i in sorted(vocab.control | vocab.user_defined)]
         # Longest first, in bytes: where two special tokens overlap in a text, the longer wins.
-        self._special = sorted(matched, key=lambda i: -len(vocab.pieces[i].encode()))
-        self._always = [i for i in self._special if i not in vocab.control]
+        self._special = sorted(special, key=lambda pair: -len(pair[0].encode()))
+        self._always = [pair for pair in self._special if pair[1] not in vocab.control]
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -172,15 +172,14 @@ class Tokenizer:
         self, text: str, parse_special: bool, user_spans: Sequence[tuple[int, int]]
     ) -> list[str | int]:
         """``text`` cut at the special tokens: strings between them, and their ids."""
-        pieces, control = self._vocab.pieces, self._vocab.control
-        present = [i for i in (self._special if parse_special else self._always) if pieces[i] in text]
+        control = self._vocab.control
+        present = [pair for pair in (self._special if parse_special else self._always) if pair[0] in text]
         # Fragments are (start, end, -1) for text and (start, end, id) for a token.
         fragments = [(0, len(text), -1)] if text else []
         user = bytearray(len(text) if user_spans and present else 0)
         for start, end in user_spans if user else ():
             user[start:end] = b"\1" * (end - start)
-        for token in present:
-            piece = pieces[token]
+        for piece, token in present:
             guarded = user if token in control else b""
             cut: list[tuple[int, int, int]] = []
             for start, end, known in fragments:

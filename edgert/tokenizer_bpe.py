@@ -32,7 +32,7 @@ _PRE: dict[str, tuple[tuple[str, ...], bool, bool]] = {
 }
 
 
-def _byte_chars() -> list[str]:
+def byte_chars() -> list[str]:
     """The printable character that stands for each byte: itself where it is printable in
     Latin-1, else the next free code point from 256 on."""
     chars, free = [], 256
@@ -45,18 +45,18 @@ def _byte_chars() -> list[str]:
     return chars
 
 
-_BYTE_OF = {char: byte for byte, char in enumerate(_byte_chars())}
+_BYTE_OF = {char: byte for byte, char in enumerate(byte_chars())}
 
 
 def pre_tokenizer_name(metadata: Mapping[str, Any]) -> str:
     """``tokenizer.ggml.pre``; TokenizerError when edgert does not know it."""
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _PRE:
+    if not isinstance(name, str) or name not in _PRE:
         raise TokenizerError(
             f"unknown pre-tokenizer {str(name)[:60]!r} (tokenizer.ggml.pre); edgert knows {', '.join(_PRE)}: "
             "use a model with one of these, or engine='llamacpp'"
         )
-    return str(name)
+    return name
 
 
 def adds_bos(pre: str) -> bool:
@@ -71,6 +71,12 @@ class ByteBPE:
         # Control tokens stay out: no plain text may ever turn into one.
         hidden = {vocab.pieces[i] for i in vocab.control}
         pieces = {p: i for p, i in vocab.ids.items() if p not in hidden} if hidden else vocab.ids
+        # A vocabulary may lack bytes. They take part as symbols nothing joins with, and are dropped at
+        # the end: left out from the start, their neighbours would join over the gap.
+        self._size = len(vocab.pieces)
+        lacking = [c for c in _BYTE_OF if c not in pieces]
+        pieces = {**pieces, **{c: self._size + i for i, c in enumerate(lacking)}} if lacking else pieces
+        self._lacking = bool(lacking)
         merges = []
         for line in read_list(metadata, "merges", {str}):
             left, _, right = line.partition(" ")
@@ -90,7 +96,7 @@ class ByteBPE:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return [i for i in ids if i < self._size] if self._lacking else ids
 
     def bytes_of(self, piece: str) -> bytes:
         return b"".join(bytes((_BYTE_OF[c],)) if c in _BYTE_OF else c.encode() for c in piece)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from heapq import heapify, heappop, heappush
 from typing import Any
 
-from .errors import TokenizerError
 from .tokenizer_vocab import BYTE, Vocab, read_list
 
 SPACE = "\u2581"  # stands for a space in pieces
@@ -30,7 +29,7 @@ class SentencePieceBPE:
         self._ids = vocab.ids
         # Never made out of plain text: control tokens and the names of bytes.
         self._hidden = vocab.control.union(i for i, t in enumerate(vocab.types) if t == BYTE)
-        self._byte_ids = [self._byte_id(vocab, b) for b in range(256)]
+        self._byte_ids = [vocab.ids.get(f"<0x{b:02X}>", vocab.unk_id or 0) for b in range(256)]
         # Words are cut before a space, where no piece crosses from one word into the next.
         crossing = {
             pair[0]
@@ -41,16 +40,6 @@ class SentencePieceBPE:
         joined = "".join(map(re.escape, crossing))
         self._cut = re.compile(f"(?<=[^{SPACE}{joined}])(?={SPACE})")
         self._cache: dict[str, list[int]] = {}
-
-    @staticmethod
-    def _byte_id(vocab: Vocab, byte: int) -> int:
-        found = vocab.ids.get(f"<0x{byte:02X}>", vocab.unk_id)
-        if found is None:
-            raise TokenizerError(
-                f"tokenizer.ggml.tokens: expected <0x{byte:02X}> (and one for every byte) or an unknown "
-                "token, found neither; the model file is damaged, download or convert it again"
-            )
-        return found
 
     def encode(self, text: str) -> list[int]:
         out: list[int] = []

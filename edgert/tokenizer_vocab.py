@@ -109,6 +109,8 @@ def read_vocab(metadata: Mapping[str, Any], model: str, adds_bos: bool) -> Vocab
     silent about it. Raises TokenizerError naming the key that is wrong."""
     pieces = [p or f"[EMPTY_{i}]" for i, p in enumerate(read_list(metadata, "tokens", {str}))]
     size = len(pieces)
+    if not size:
+        raise _fail("tokens", "at least one token", "none")
     ids = dict(zip(pieces, range(size), strict=True))
     if len(ids) != size:
         twice = next(p for i, p in enumerate(pieces) if ids[p] != i)
