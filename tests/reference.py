@@ -31,13 +31,27 @@ def weights(path: Path) -> dict[str, Array]:
     }
 
 
+@lru_cache(maxsize=4)
+def quantised(path: Path) -> frozenset[str]:
+    """Names of the tensors of a file whose type has blocks."""
+    return frozenset(
+        t.name for t in gguf.GGUFReader(path).tensors if gguf.GGML_QUANT_SIZES[t.tensor_type][0] > 1
+    )
+
+
 class Reference:
     """``spec`` may be given to see what another description would compute from the same weights.
-    ``kv_type`` rounds keys and values as a cache of that type would."""
+    ``kv_type`` rounds keys and values as a cache of that type would; ``int8_blocks`` rounds what meets a
+    quantised matrix to int8 in blocks of so many values, each with a scale of its own (0: not at all).
+    The head is left out: the native engine keeps the rest of that rounding as a second int8 number."""
 
-    def __init__(self, path: Path, spec: ModelSpec | None = None, kv_type: Any = np.float64) -> None:
+    def __init__(
+        self, path: Path, spec: ModelSpec | None = None, kv_type: Any = np.float64, int8_blocks: int = 0
+    ) -> None:
         self.spec = spec or load_spec(*read_gguf(path))
         self._kv_type = kv_type
+        self._int8_blocks = int8_blocks
+        self._quantised = quantised(path) if int8_blocks else frozenset()
         self._w = weights(path)
 
     def logits(self, tokens: list[int]) -> Array:
@@ -68,8 +82,16 @@ class Reference:
         return x * scale * self._w[name + ".weight"]
 
     def _linear(self, x: Array, name: str) -> Array:
+        if name + ".weight" in self._quantised:
+            x = self._rounded(x)
         y = x @ self._w[name + ".weight"].T
         return y + self._w[name + ".bias"] if name + ".bias" in self._w else y
+
+    def _rounded(self, x: Array) -> Array:
+        blocks = x.astype(np.float32).reshape(len(x), -1, self._int8_blocks)
+        top = np.abs(blocks).max(-1, keepdims=True)
+        codes = np.rint(blocks * np.divide(127, top, out=np.zeros_like(top), where=top > 0))
+        return (codes * (top / np.float32(127))).reshape(x.shape).astype(np.float64)
 
     def _attention(self, p: str, layer: LayerSpec, x: Array) -> Array:
         spec, n = self.spec, len(x)

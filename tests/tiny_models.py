@@ -27,6 +27,7 @@ from edgert.models import FAMILIES, ModelSpec, load_hf_spec
 from edgert.models.llama import rope_factors
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from tiny_blocks import SUPER_BLOCKS, random_blocks
 from tiny_tokenizer import add_tokenizer
 
 Quant = gguf.GGMLQuantizationType
@@ -227,8 +228,8 @@ def convert(checkpoint: Path, path: Path, quant: str) -> None:
     for i, (name, hf_name) in enumerate(FAMILIES[spec.family].hf_tensor_names(spec).items()):
         data = _to_gguf(spec, name, weights[hf_name].astype(np.float32))
         kind = _tensor_type(name, data, quant, i)
-        if kind in _SUPER_BLOCKS:
-            packed = _random_blocks(kind, data.shape, rng)
+        if kind in SUPER_BLOCKS:
+            packed = random_blocks(kind, data.shape, rng)
         else:
             packed = gguf.quants.quantize(np.ascontiguousarray(data), kind)
         writer.add_tensor(name, packed, raw_dtype=kind)
@@ -324,42 +325,10 @@ def read_back(path: Path, spec: ModelSpec) -> dict[str, torch.Tensor]:
     return out
 
 
-# Offsets of the float16 scale and minimum in a block, and the ratio of minimum to scale that centres
-# the weights on zero. The gguf package can read these types but not make them.
-_SUPER_BLOCKS: dict[Quant, tuple[int, int | None, float]] = {
-    Quant.Q2_K: (80, 82, 1.5),
-    Quant.Q3_K: (108, None, 0.0),
-    Quant.Q4_K: (0, 2, 7.5),
-    Quant.Q5_K: (0, 2, 15.5),
-    Quant.Q6_K: (208, None, 0.0),
-    Quant.IQ4_NL: (0, None, 0.0),
-    Quant.IQ4_XS: (0, None, 0.0),
-}
-
-
 def _tensor_type(name: str, data: np.ndarray, quant: str, index: int) -> Quant:
     """The type of a tensor; vectors and convolutions stay F32, rows that no block fits become F16."""
     if data.ndim == 1 or "shortconv.conv" in name:
         return Quant.F32
-    kinds = tuple(_SUPER_BLOCKS)
+    kinds = tuple(SUPER_BLOCKS)
     kind = kinds[index % len(kinds)] if quant == "mixed" else Quant[quant]
     return Quant.F16 if data.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
-
-
-def _random_blocks(kind: Quant, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Random blocks of ``kind`` whose weights have about the spread of a layer that keeps the size of
-    what it multiplies."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    at, minimum_at, ratio = _SUPER_BLOCKS[kind]
-    data = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
-
-    def set_scale(scale: float) -> None:
-        data[..., at : at + 2] = np.array([scale], dtype=np.float16).view(np.uint8)
-        if minimum_at is not None:
-            minimum = np.array([scale * ratio], dtype=np.float16)
-            data[..., minimum_at : minimum_at + 2] = minimum.view(np.uint8)
-
-    set_scale(1.0)
-    spread = gguf.quants.dequantize(data.reshape(shape[0], -1), kind).std()
-    set_scale(float(shape[1] ** -0.5 / spread))
-    return data.reshape(shape[0], -1)
