@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgert import hub
 from edgert.download import size_text
+from edgert.errors import EngineError
 
 if TYPE_CHECKING:
     from edgert.generate import Stats
@@ -61,19 +62,24 @@ def read_bandwidth(threads: int, reached: float = 0.0) -> float:
 def bytes_per_token(model: Model, stats: Stats) -> float:
     """What a decode step of this answer read on average: weights, and keys and values at the mean
     length. A model native does not know counts its weights alone."""
-    from edgert import _native
-    from edgert.cost import kv_bytes, weight_bytes
-    from edgert.models import BadModelMetadata, UnsupportedArchitecture, load_spec
+    from edgert.cost import kv_bytes
 
-    file = _native.GgufFile(model.path)
-    tensors = file.tensors
+    spec = getattr(model.engine, "spec", None)
     # Packed weights may be larger or smaller than those of the file; native says what it reads.
-    weights = model.engine.describe().get("weight_bytes_per_step") or weight_bytes(tensors).per_token
-    try:
-        spec = load_spec(file.metadata, {t.name: t.shape for t in tensors})
-    except (BadModelMetadata, UnsupportedArchitecture):
-        return float(weights)
-    return weights + kv_bytes(spec, stats.prompt_tokens + stats.generated_tokens / 2, model.kv)
+    weights = model.engine.describe().get("weight_bytes_per_step")
+    if spec is None or weights is None:
+        from edgert import _native
+        from edgert.cost import weight_bytes
+        from edgert.models import BadModelMetadata, UnsupportedArchitecture, load_spec
+
+        file = _native.GgufFile(model.path)
+        tensors = file.tensors
+        weights = weight_bytes(tensors).per_token
+        try:
+            spec = load_spec(file.metadata, {t.name: t.shape for t in tensors})
+        except (BadModelMetadata, UnsupportedArchitecture):
+            return float(weights)
+    return float(weights) + kv_bytes(spec, stats.prompt_tokens + stats.generated_tokens / 2, model.kv)
 
 
 def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
@@ -95,11 +101,12 @@ def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
     if stats.generation_tps > 0 and isinstance(threads, int) and threads > 0:
         step = bytes_per_token(model, stats)
         reached = step * stats.generation_tps
-        limit = read_bandwidth(threads, reached)
         report["bytes_per_token"] = int(step)
         report["read_bytes_per_second"] = reached
-        report["machine_bytes_per_second"] = limit
-        report["share_of_machine"] = reached / limit
+        with contextlib.suppress(EngineError):  # no memory left for a probe: the answer still stands
+            limit = read_bandwidth(threads, reached)
+            report["machine_bytes_per_second"] = limit
+            report["share_of_machine"] = reached / limit
     return report
 
 
