@@ -16,7 +16,7 @@ def table(results: dict[str, Any]) -> str:
     """A short form of the table that ``edgert.bench.compare`` writes: medians only."""
     machine, models = results["machine"], results["models"]
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores. Medians; `bench/results/` has all samples and settings.",
+        f"{machine['cpu']}, {machine['cores']} cores. Medians; `bench/results` has all the samples.",
         "",
         "| model | tokens | edgert | llama.cpp | times faster | of the read bandwidth |",
         "|---|---|---|---|---|---|",
