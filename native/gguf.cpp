@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <iterator>
 #include <optional>
 #include <string_view>
@@ -33,11 +34,10 @@ struct PartName {
   }
 
   static std::string tail(uint64_t number, uint64_t count) {
-    const auto five = [](uint64_t n) {
-      const std::string s = std::to_string(n);
-      return std::string(s.size() < 5 ? 5 - s.size() : 0, '0') + s;
-    };
-    return "-" + five(number) + "-of-" + five(count) + ".gguf";
+    char text[64];
+    std::snprintf(text, sizeof text, "-%05llu-of-%05llu.gguf", static_cast<unsigned long long>(number),
+                  static_cast<unsigned long long>(count));
+    return text;
   }
 };
 

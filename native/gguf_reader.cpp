@@ -56,8 +56,8 @@ void GgufReader::fail_short(uint64_t needed, bool at_least) const {
 
 std::string GgufReader::field() const {
   std::string f = subject;
-  if (index != kNoIndex) f += "[" + std::to_string(index) + "]";
-  if (*part) f += std::string(f.empty() ? "" : " ") + part;
+  if (index != kNoIndex) f.append("[").append(std::to_string(index)).append("]");
+  if (*part) f.append(" ").append(part);
   return f;
 }
 
