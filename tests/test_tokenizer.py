@@ -52,7 +52,8 @@ def test_corpus_is_large_and_varied() -> None:
 
 @pytest.mark.parametrize("parse_special", [False, True], ids=["text", "special"])
 def test_real_models(real_file: Path, parse_special: bool) -> None:
-    assert_same_ids(real_file, CORPUS, parse_special)
+    # llama.cpp looks for each of Gemma's 6,400 special tokens in each line, which takes its time.
+    assert_same_ids(real_file, CORPUS[::3] if parse_special else CORPUS, parse_special)
 
 
 def test_whole_documents(real_file: Path) -> None:
