@@ -27,6 +27,7 @@ uint32_t padded(uint32_t n) { return (n + 15) / 16 * 16; }
 constexpr uint32_t kHeadTokens = 4;     // tokens whose logits are computed together
 constexpr uint32_t kRowsAtOnce = 48;    // query rows of one prefill attention item
 constexpr uint32_t kMaxHeadDim = 256;
+constexpr size_t kFetchAhead = 32768;   // bytes asked for ahead of a barrier; a part of any L2
 
 // The input of a matrix: floats, and the same quantised for quantised weights.
 struct Input {
@@ -110,6 +111,18 @@ struct Decoder::Pass {
   }
   void meet() {
     if (!one) w.barrier();
+  }
+
+  // A decode step is a chain of short reads with a barrier behind each. What this thread reads after
+  // the barrier is asked for in front of it, so that memory does not stand still meanwhile.
+  static void fetch(const void* p, size_t bytes) {
+    const char* c = static_cast<const char*>(p);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(c + i, 0, 2);
+  }
+  void fetch_share(const PackedMatrix& m) const {
+    if (!one) return;
+    const uint32_t lo = m.tiles() * w.index() / w.threads(), hi = m.tiles() * (w.index() + 1) / w.threads();
+    fetch(m.tile(lo), std::min(kFetchAhead, size_t(hi - lo) * m.stride));
   }
 
   void matmul(const PackedMatrix& m, uint32_t begin, uint32_t end, uint32_t count, float* y, size_t stride) const {
@@ -242,7 +255,18 @@ struct Decoder::Pass {
     if (first >= last) return;
     for (uint32_t p = first / kPageTokens; p < (last + kPageTokens - 1) / kPageTokens; ++p)
       pages[p] = cache.page(layer, kv_head, base / kPageTokens + p);
-    k.attend({r.q, pages, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
+    // Next comes the following chunk of this head or, after the last, the output projection.
+    const PackedMatrix& out = d.weights_.layers[layer].output;
+    const uint8_t* share = out.tile(out.tiles() * w.index() / w.threads());
+    const void* next[kAhead];
+    for (uint32_t i = 0; i < kAhead; ++i) {
+      const uint32_t p = base / kPageTokens + kChunkPages + i;
+      if (p * kPageTokens < start + n)
+        next[i] = cache.page(layer, kv_head, p);
+      else
+        next[i] = share + std::min<size_t>(i * 32 * s.head_dim, out.stride);
+    }
+    k.attend({r.q, pages, next, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
   }
 
   void finish_rows(const Rows& r) const {
@@ -295,6 +319,17 @@ struct Decoder::Pass {
     w.barrier();
   }
 
+  // The first pages of this thread's share of attend_one().
+  void fetch_first_pages(uint32_t layer) const {
+    const uint32_t kv = s.layers[layer].n_kv_heads, window = s.layers[layer].window, end = start + 1;
+    const uint32_t low = window && end > window ? end - window : 0, first = low / kChunkTokens;
+    const uint32_t chunks = (end + kChunkTokens - 1) / kChunkTokens - first;
+    const uint32_t item = kv * chunks * w.index() / w.threads();
+    uint32_t page = std::max(low, (first + item % chunks) * kChunkTokens) / kPageTokens;
+    for (uint32_t i = 0; i < kAhead && page * kPageTokens < end; ++i, ++page)
+      fetch(cache.page(layer, item / chunks, page), 32 * s.head_dim);
+  }
+
   // Decode: an item is one KV head and one chunk of the context.
   void attend_one(uint32_t layer) {
     const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, hd = s.head_dim;
@@ -324,6 +359,7 @@ struct Decoder::Pass {
           for (uint32_t g = 0; g < r.count; ++g) r.acc[g][hd] = r.max[g], r.acc[g][hd + 1] = r.sum[g];
         }
       }
+    fetch_share(d.weights_.layers[layer].output);
     w.barrier();
     in.set_cols(sc.q_cols);
     for (uint32_t h = 0; h < s.n_heads; ++h) {
@@ -372,18 +408,20 @@ struct Decoder::Pass {
         at += p.m->tiles();
       }
     }
+    if (one) fetch_first_pages(layer);
     w.barrier();
     if (one)
       attend_one(layer);
     else
       attend_many(layer);
-    project(l.output);
+    project(l.output, l.gate);
   }
 
-  // y = m * in
-  void project(const PackedMatrix& m) {
+  // y = m * in; `next` is the matrix read after it.
+  void project(const PackedMatrix& m, const PackedMatrix& next) {
     uint32_t b, e;
     while (w.claim(m.tiles(), b, e)) matmul(m, b, e, n, sc.y + size_t(b) * m.tile_rows, padded(s.dim));
+    fetch_share(next);
     w.barrier();
   }
 
@@ -422,7 +460,7 @@ struct Decoder::Pass {
     in.set_cols(dim);
     for_tokens([&](uint32_t i) { set_input(i, sc.conv + size_t(i) * dim, quantised(l.output)); });
     meet();
-    project(l.output);
+    project(l.output, l.gate);
   }
 
   void ffn(uint32_t layer) {
@@ -438,11 +476,12 @@ struct Decoder::Pass {
       }
       for (uint32_t i = 0; i < n; ++i) gated(sc.gate + i * stride + row, sc.up + i * stride + row, rows, sc.up + i * stride + row);
     }
+    fetch_share(l.down);
     w.barrier();
     in.set_cols(s.ffn_dim);
     for_tokens([&](uint32_t i) { set_input(i, sc.up + i * stride, quantised(l.down)); });
     meet();
-    project(l.down);
+    project(l.down, layer + 1 < s.layers.size() ? d.weights_.layers[layer + 1].q : d.weights_.head);
   }
 
   // Logits of tokens [first, first + count), count at most kHeadTokens. With a quantised head the

@@ -64,8 +64,6 @@ inline void matmul_tile(const uint8_t* w, uint32_t cols, const QuantActs* x, flo
       if constexpr (F.scale == ScaleKind::Super) w += L * super_header_bytes(F);
     }
     const uint8_t* codes = w + L * (block_bytes(F) - code_bytes(F));
-    // A block ahead of the hardware prefetcher's page limit.
-    vb_prefetch(w + 2048);
     unroll<groups>([&](auto g) {
       DotOf<F> dot[N];
       unroll<8 / groups>([&](auto i) {
@@ -264,12 +262,12 @@ void gate_gelu(const float* gate, const float* up, uint32_t n, float* y) { gated
 constexpr int PV = kPageTokens / L;  // vectors across the tokens of a page
 
 template <int N>
-inline void page_scores(const uint16_t* k, const uint16_t* next, const float* const* q, uint32_t head_dim,
+inline void page_scores(const uint16_t* k, const uint8_t* next, const float* const* q, uint32_t head_dim,
                         float* scores) {
   VF acc[N][PV];
   unroll<N>([&](auto n) { unroll<PV>([&](auto v) { acc[n][v] = vf_zero(); }); });
   for (uint32_t d = 0; d < head_dim; ++d) {
-    if (d % 2 == 0) vb_prefetch(next + d * kPageTokens);
+    if (d % 2 == 0) vb_prefetch(next + d * 32);
     VF kv[PV];
     unroll<PV>([&](auto v) { kv[v] = vf_from_f16(k + d * kPageTokens + v * L); });
     unroll<N>([&](auto n) {
@@ -283,14 +281,14 @@ inline void page_scores(const uint16_t* k, const uint16_t* next, const float* co
 }
 
 template <int N>
-inline void page_values(const uint16_t* v, const uint16_t* next, const float* weights, uint32_t head_dim,
+inline void page_values(const uint16_t* v, const uint8_t* next, const float* weights, uint32_t head_dim,
                         float* const* acc) {
   constexpr int C = 16 / L;  // head_dim is a multiple of 16
   for (uint32_t d = 0; d < head_dim; d += C * L) {
     VF a[N][C];
     unroll<N>([&](auto n) { unroll<C>([&](auto c) { a[n][c] = vf_load(acc[n] + d + c * L); }); });
     for (uint32_t t = 0; t < kPageTokens; ++t) {
-      if (t % 2 == 0) vb_prefetch(next + t * head_dim + d);
+      if (t % 2 == 0) vb_prefetch(next + (d + t) * 32);
       VF vv[C];
       unroll<C>([&](auto c) { vv[c] = vf_from_f16(v + t * head_dim + d + c * L); });
       unroll<N>([&](auto n) {
@@ -334,9 +332,16 @@ void attend(const AttnChunk& c) {
     const uint32_t first = lo / kPageTokens, last = (hi + kPageTokens - 1) / kPageTokens;
     float* scores = c.scores;
     const size_t v_at = size_t(c.head_dim) * kPageTokens;
+    // Each page read fetches one that is kAhead pages on: keys, then values, then what comes next.
+    const auto bytes = [](const void* x) { return static_cast<const uint8_t*>(x); };
+    const auto key_ahead = [&](uint32_t p) {
+      return bytes(p + kAhead < last ? c.pages[p + kAhead] : c.pages[std::min(first + p + kAhead - last, last - 1)] + v_at);
+    };
+    const auto value_ahead = [&](uint32_t p) {
+      return bytes(p + kAhead < last ? c.pages[p + kAhead] + v_at : c.next[p + kAhead - last]);
+    };
     for (uint32_t p = first; p < last; ++p)
-      page_scores<N>(c.pages[p], c.pages[p + 1 < last ? p + 1 : first] + (p + 1 < last ? 0 : v_at), c.q + r,
-                     c.head_dim, scores + p * kPageTokens);
+      page_scores<N>(c.pages[p], key_ahead(p), c.q + r, c.head_dim, scores + p * kPageTokens);
     float max[N], sum[N];
     for (int n = 0; n < N; ++n) {
       float* s = scores + n * kChunkTokens;
@@ -362,8 +367,7 @@ void attend(const AttnChunk& c) {
       std::memset(acc[n], 0, c.head_dim * sizeof(float));
     }
     for (uint32_t p = first; p < last; ++p)
-      page_values<N>(c.pages[p] + v_at, c.pages[p + 1 < last ? p + 1 : p] + v_at, scores + p * kPageTokens, c.head_dim,
-                     accp);
+      page_values<N>(c.pages[p] + v_at, value_ahead(p), scores + p * kPageTokens, c.head_dim, accp);
     for (int n = 0; n < N; ++n) {
       if (c.lo[r + n] >= c.hi[r + n]) continue;
       if (c.sum[r + n] == 0) {  // first chunk this row sees

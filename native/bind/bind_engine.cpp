@@ -66,7 +66,7 @@ Logits forward(Decoder& d, KvCache& cache, Tokens tokens, bool all) {
   return Logits(data, {vocab}, owner);
 }
 
-nb::dict memory(const Decoder& d) {
+nb::typed<nb::dict, nb::str, nb::int_> memory(const Decoder& d) {
   nb::dict m;
   m["body"] = d.weights().body_bytes;
   m["embedding"] = d.weights().embedding_bytes;
@@ -81,7 +81,7 @@ void bind_engine(nb::module_& m) {
   nb::class_<Decoder>(m, "Model", "Packed weights of one model and the forward pass over them.")
       .def(
           "__init__",
-          [](Decoder* self, const GgufFile& file, nb::dict spec, uint32_t threads) {
+          [](Decoder* self, const GgufFile& file, nb::typed<nb::dict, nb::str, nb::any> spec, uint32_t threads) {
             const ModelSpec s = to_spec(spec);
             nb::gil_scoped_release release;
             new (self) Decoder(file, s, threads);
