@@ -72,16 +72,16 @@ void take_apart(DType type, const uint8_t* b, Parts& p) {
       break;
     case DType::Q2_K:
       std::memcpy(p.sc, b, 16);
-      for (int e = 0; e < 256; ++e) p.q[e] = (b[16 + 32 * (e / 128) + e % 32] >> (2 * ((e / 32) % 4))) & 3;
+      for (int i = 0; i < 8; ++i)
+        for (int l = 0; l < 32; ++l) p.q[32 * i + l] = (b[16 + 32 * (i / 4) + l] >> (2 * (i % 4))) & 3;
       p.d = load16(b + 80);
       p.dmin = load16(b + 82);
       break;
     case DType::Q3_K: {
       const uint8_t* s = b + 96;
-      for (int e = 0; e < 256; ++e) {
-        p.q[e] = (b[32 + 32 * (e / 128) + e % 32] >> (2 * ((e / 32) % 4))) & 3;
-        p.q[e] |= ((b[e % 32] >> (e / 32)) & 1) << 2;
-      }
+      for (int i = 0; i < 8; ++i)
+        for (int l = 0; l < 32; ++l)
+          p.q[32 * i + l] = ((b[32 + 32 * (i / 4) + l] >> (2 * (i % 4))) & 3) | ((b[l] >> i) & 1) << 2;
       for (int i = 0; i < 16; ++i)
         p.sc[i] = ((i < 8 ? s[i] & 15 : s[i - 8] >> 4)) | (((s[8 + i % 4] >> (2 * (i / 4))) & 3) << 4);
       p.d = load16(b + 108);
@@ -91,22 +91,23 @@ void take_apart(DType type, const uint8_t* b, Parts& p) {
       p.d = load16(b);
       p.dmin = load16(b + 2);
       k_scales(b + 4, p.sc, p.mn);
-      for (int e = 0; e < 256; ++e) p.q[e] = (b[16 + 32 * (e / 64) + e % 32] >> (4 * ((e / 32) % 2))) & 15;
+      for (int i = 0; i < 8; ++i)
+        for (int l = 0; l < 32; ++l) p.q[32 * i + l] = (b[16 + 32 * (i / 2) + l] >> (4 * (i % 2))) & 15;
       break;
     case DType::Q5_K:
       p.d = load16(b);
       p.dmin = load16(b + 2);
       k_scales(b + 4, p.sc, p.mn);
-      for (int e = 0; e < 256; ++e) {
-        p.q[e] = (b[48 + 32 * (e / 64) + e % 32] >> (4 * ((e / 32) % 2))) & 15;
-        p.q[e] |= ((b[16 + e % 32] >> (e / 32)) & 1) << 4;
-      }
+      for (int i = 0; i < 8; ++i)
+        for (int l = 0; l < 32; ++l)
+          p.q[32 * i + l] = ((b[48 + 32 * (i / 2) + l] >> (4 * (i % 2))) & 15) | ((b[16 + l] >> i) & 1) << 4;
       break;
     case DType::Q6_K:
-      for (int e = 0; e < 256; ++e) {
-        const int h = e / 128, part = (e / 32) % 4, l = e % 32;
-        p.q[e] = (b[64 * h + 32 * (part % 2) + l] >> (4 * (part / 2))) & 15;
-        p.q[e] |= ((b[128 + 32 * h + l] >> (2 * part)) & 3) << 4;
+      for (int i = 0; i < 8; ++i) {
+        const int h = i / 4, part = i % 4;
+        const uint8_t *low = b + 64 * h + 32 * (part % 2), *high = b + 128 + 32 * h;
+        for (int l = 0; l < 32; ++l)
+          p.q[32 * i + l] = ((low[l] >> (4 * (part / 2))) & 15) | ((high[l] >> (2 * part)) & 3) << 4;
       }
       std::memcpy(p.sc, b + 192, 16);
       p.d = load16(b + 208);
@@ -125,27 +126,45 @@ void take_apart(DType type, const uint8_t* b, Parts& p) {
   }
 }
 
-// Adds the codes of one row to the quad vectors of a block (which start as zeros).
-void put_codes(const Format& f, const uint8_t* q, uint32_t row, uint32_t R, uint8_t* dst) {
+// Stores the 32 codes of one row in the quad vectors of a block, a quad (32 bits) at a time.
+template <int Bits>
+void put_codes(const uint8_t* q, uint32_t row, uint32_t R, uint8_t* dst) {
   const uint32_t vec = R * 4;
-  for (uint32_t k = 0; k < 32; ++k) {
-    const uint32_t j = k / 4, at = row * 4 + k % 4;
-    const uint8_t c = q[k];
-    if (f.bits == 8) {
-      dst[j * vec + at] = c;
-      continue;
+  uint32_t w[8];
+  std::memcpy(w, q, 32);
+  const auto store = [&](uint32_t vector, uint32_t word) { std::memcpy(dst + vector * vec + row * 4, &word, 4); };
+  if constexpr (Bits == 8) {
+    for (uint32_t j = 0; j < 8; ++j) store(j, w[j]);
+  } else if constexpr (Bits >= 4) {
+    for (uint32_t j = 0; j < 4; ++j) store(j, (w[j] & 0x0f0f0f0f) | (w[j + 4] & 0x0f0f0f0f) << 4);
+  } else {
+    for (uint32_t i = 0; i < 2; ++i) {
+      uint32_t word = 0;
+      for (uint32_t j = 0; j < 4; ++j) word |= (w[4 * i + j] & 0x03030303) << (2 * j);
+      store(i, word);
     }
-    uint8_t* high = dst;
-    if (f.bits >= 4) {
-      dst[(j % 4) * vec + at] |= uint8_t((c & 15) << (4 * (j / 4)));
-      high = dst + 4 * vec;
-    } else {
-      dst[(j / 4) * vec + at] |= uint8_t((c & 3) << (2 * (j % 4)));
-      high = dst + 2 * vec;
+  }
+  if constexpr (Bits == 5 || Bits == 3) {
+    uint32_t word = 0;
+    for (uint32_t j = 0; j < 8; ++j) word |= (w[j] >> (Bits - 1) & 0x01010101) << j;
+    store(Bits == 5 ? 4 : 2, word);
+  }
+  if constexpr (Bits == 6)
+    for (uint32_t i = 0; i < 2; ++i) {
+      uint32_t word = 0;
+      for (uint32_t j = 0; j < 4; ++j) word |= (w[4 * i + j] >> 4 & 0x03030303) << (2 * j);
+      store(4 + i, word);
     }
-    if (f.bits == 5) high[at] |= uint8_t((c >> 4) << j);
-    if (f.bits == 3) high[at] |= uint8_t((c >> 2) << j);
-    if (f.bits == 6) high[(j / 4) * vec + at] |= uint8_t((c >> 4) << (2 * (j % 4)));
+}
+
+void put_codes(const Format& f, const uint8_t* q, uint32_t row, uint32_t R, uint8_t* dst) {
+  switch (f.bits) {
+    case 2: return put_codes<2>(q, row, R, dst);
+    case 3: return put_codes<3>(q, row, R, dst);
+    case 4: return put_codes<4>(q, row, R, dst);
+    case 5: return put_codes<5>(q, row, R, dst);
+    case 6: return put_codes<6>(q, row, R, dst);
+    default: return put_codes<8>(q, row, R, dst);
   }
 }
 
@@ -181,7 +200,7 @@ size_t packed_tile_bytes(DType type, uint32_t cols, uint32_t R) {
 void pack_tile(DType type, const uint8_t* src, uint32_t rows, uint32_t cols, uint32_t R, uint8_t* dst) {
   const DTypeInfo& info = dtype_info(type);
   const size_t row_bytes = size_t(cols) / info.block * info.bytes;
-  std::memset(dst, 0, packed_tile_bytes(type, cols, R));
+  if (rows < R) std::memset(dst, 0, packed_tile_bytes(type, cols, R));
   const Format* f = find_format(type);
   if (!f) {
     for (uint32_t r = 0; r < rows; ++r)
