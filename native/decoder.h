@@ -40,6 +40,8 @@ struct Weights {
 // EngineError.
 Weights load_weights(const GgufFile& file, const ModelSpec& spec, const Kernels& kernels, Pool& pool);
 
+struct Scratch;
+
 class Decoder {
  public:
   // `threads` 0: one for each CPU this process may use.
@@ -62,7 +64,6 @@ class Decoder {
   void forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want want, float* logits);
 
  private:
-  struct Scratch;
   struct Pass;
   ModelSpec spec_;
   const Kernels& kernels_;

@@ -27,19 +27,19 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
-// Hands out 64-byte aligned parts of one Buffer whose size is known beforehand.
+// Hands out 64-byte aligned parts of one Buffer. A default-made Arena hands out nothing and counts:
+// the same code first measures and then takes.
 class Arena {
  public:
   Arena() = default;
   Arena(size_t bytes, const char* what) : buffer_(bytes, what) {}
   template <class T>
   T* take(size_t count) {
-    T* p = reinterpret_cast<T*>(buffer_.data() + used_);
-    used_ += padded<T>(count);
+    T* p = buffer_.data() ? reinterpret_cast<T*>(buffer_.data() + used_) : nullptr;
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
     return p;
   }
-  template <class T>
-  static size_t padded(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
+  size_t used() const { return used_; }
   size_t bytes() const { return buffer_.bytes(); }
 
  private:

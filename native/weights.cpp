@@ -24,12 +24,12 @@ class Loader {
       : file_(file), spec_(spec), lanes_(kernels.lanes), pool_(pool) {}
 
   Weights load() {
+    Arena measure;
+    Weights sizes;
+    walk(sizes, measure);
     Weights w;
-    walk(w);
-    w.arena = Arena(total_, "the weights");
-    arena_ = &w.arena;
-    w.body_bytes = w.embedding_bytes = w.head_bytes = 0;
-    walk(w);
+    w.arena = Arena(measure.used(), "the weights");
+    walk(w, w.arena);
     return w;
   }
 
@@ -50,11 +50,8 @@ class Loader {
     size_t n = 1;
     for (uint64_t d : dims) n *= d;
     bytes += n * sizeof(float);
-    if (!arena_) {
-      total_ += Arena::padded<float>(n);
-      return nullptr;
-    }
     float* dst = arena_->take<float>(n);
+    if (!dst) return nullptr;
     std::vector<uint8_t> raw(t.nbytes);
     file_.read(t, 0, raw.data(), raw.size());
     dequantize(t.type, raw.data(), dst, n);
@@ -89,11 +86,8 @@ class Loader {
     const uint32_t tiles = out[0]->tiles();
     const size_t size = stride * tiles;
     bytes += size;
-    if (!arena_) {
-      total_ += Arena::padded<uint8_t>(size);
-      return;
-    }
     uint8_t* base = arena_->take<uint8_t>(size);
+    if (!base) return;
     size_t at = 0;
     for (size_t i = 0; i < names.size(); ++i) {
       const size_t tile = out[i]->stride;
@@ -136,7 +130,8 @@ class Loader {
     if (error) std::rethrow_exception(error);
   }
 
-  void walk(Weights& w) {
+  void walk(Weights& w, Arena& arena) {
+    arena_ = &arena;
     const uint32_t d = spec_.dim, hd = spec_.head_dim, f = spec_.ffn_dim;
     matrix("token_embd.weight", spec_.vocab_size, d, w.embedding, w.embedding_bytes);
     w.output_norm = vec(spec_.output_norm, d, w.body_bytes);
@@ -185,7 +180,6 @@ class Loader {
   const ModelSpec& spec_;
   uint32_t lanes_;
   Pool& pool_;
-  size_t total_ = 0;
   Arena* arena_ = nullptr;
 };
 

@@ -255,7 +255,8 @@ void test_attention(const Kernels& k, uint32_t head_dim, uint32_t rows) {
       lo[r] = std::min(std::max(begin[r], base) - base, kChunkTokens);
       hi[r] = std::min(std::max(end[r], base) - base, kChunkTokens);
     }
-    k.attend({qs.data(), pages.data(), lo.data(), hi.data(), rows, head_dim, scores.data(), accs.data(), max.data(),
+    const std::vector<const void*> next(kAhead, cache.data());
+    k.attend({qs.data(), pages.data(), next.data(), lo.data(), hi.data(), rows, head_dim, scores.data(), accs.data(), max.data(),
               sum.data()});
   }
   for (uint32_t r = 0; r < rows; ++r) {

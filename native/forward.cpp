@@ -1,0 +1,507 @@
+// The forward pass: Decoder::forward and the steps of one chunk as each thread runs them.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "decoder.h"
+#include "error.h"
+#include "formats.h"
+#include "half.h"
+#include "scratch.h"
+
+namespace edgert {
+namespace {
+
+constexpr size_t kFetchAhead = 32768;  // bytes asked for ahead of a barrier; a part of any L2
+
+bool quantised(const PackedMatrix& m) { return find_format(m.type) != nullptr; }
+
+}  // namespace
+
+// One forward pass over a chunk as one thread sees it.
+struct Decoder::Pass {
+  Decoder& d;
+  KvCache& cache;
+  Pool::Worker& w;
+  const int32_t* tokens;
+  uint32_t n, start;
+  Want want;
+  float* logits;
+
+  const ModelSpec& s = d.spec_;
+  const Kernels& k = d.kernels_;
+  Scratch& sc = *d.scratch_;
+  Scratch::Private& me = sc.threads[w.index()];
+  bool one = n == 1;
+  float* x = one ? me.x : sc.x;
+  Input in = one ? me.in : sc.in;
+
+  void set_cols(uint32_t cols) { in.q.cols = cols; }
+
+  // Calls f(token) for this thread's tokens; a single token is everybody's.
+  template <class F>
+  void for_tokens(F&& f) {
+    if (one) return f(0);
+    uint32_t b, e;
+    while (w.claim(n, b, e))
+      for (uint32_t i = b; i < e; ++i) f(i);
+  }
+  void meet() {
+    if (!one) w.barrier();
+  }
+
+  // A decode step is a chain of short reads with a barrier behind each. What this thread reads after
+  // the barrier is asked for in front of it, so that memory does not stand still meanwhile.
+  static void fetch(const void* p, size_t bytes) {
+    const char* c = static_cast<const char*>(p);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(c + i, 0, 2);
+  }
+  void fetch_share(const PackedMatrix& m) const {
+    if (!one) return;
+    const uint32_t lo = m.tiles() * w.index() / w.threads(), hi = m.tiles() * (w.index() + 1) / w.threads();
+    fetch(m.tile(lo), std::min(kFetchAhead, size_t(hi - lo) * m.stride));
+  }
+
+  void matmul(const PackedMatrix& m, uint32_t begin, uint32_t end, uint32_t count, float* y, size_t stride) const {
+    if (quantised(m))
+      k.matmul(m, begin, end, in.q, count, y, stride);
+    else
+      k.matmul_float(m, begin, end, in.f, count, y, stride);
+  }
+
+  // Makes token i's input of `in.q.cols` values from src (which may be its place in in.f).
+  void set_input(uint32_t i, const float* src, bool quant) const {
+    const uint32_t cols = in.q.cols;
+    float* dst = in.f + size_t(i) * cols;
+    if (quant)
+      k.quantize(src, in.q.token(i));
+    else if (src != dst)
+      std::memcpy(dst, src, cols * sizeof(float));
+  }
+
+  // Adds the last block's output to the residual stream and makes the next block's input.
+  void enter(bool add, const float* post_norm, const float* norm, bool quant) {
+    set_cols(s.dim);
+    for_tokens([&](uint32_t i) {
+      float* xi = x + size_t(i) * s.dim;
+      if (add) {
+        const float* y = sc.y + size_t(i) * padded(s.dim);
+        if (post_norm) {
+          k.rmsnorm(y, post_norm, s.norm_eps, s.dim, me.tmp);
+          y = me.tmp;
+        }
+        k.add(xi, y, s.dim);
+      }
+      if (!norm) return;
+      float* h = in.f + size_t(i) * s.dim;
+      k.rmsnorm(xi, norm, s.norm_eps, s.dim, h);
+      set_input(i, h, quant);
+    });
+    meet();
+  }
+
+  void embed() {
+    for_tokens([&](uint32_t i) {
+      float* xi = x + size_t(i) * s.dim;
+      unpack_row(d.weights_.embedding, uint32_t(tokens[i]), xi);
+      if (s.embed_scale != 1.0f)
+        for (uint32_t c = 0; c < s.dim; ++c) xi[c] *= s.embed_scale;
+    });
+    meet();
+  }
+
+  // cos and sin of every pair at every position of the chunk.
+  void rope_tables() {
+    const uint32_t pairs = s.rope_dims / 2;
+    if (one && w.index() != 0) return;
+    for_tokens([&](uint32_t i) {
+      for (size_t r = 0; r < sc.ropes.size(); ++r)
+        for (uint32_t p = 0; p < pairs; ++p) {
+          // In float, as the reference implementations have it: at position 8,000 a double angle
+          // would differ from theirs by more than their own rounding.
+          const float a = float(start + i) * sc.inv_freq[r][p];
+          const size_t at = (r * kMaxChunk + i) * pairs + p;
+          sc.cos[at] = float(std::cos(double(a)));
+          sc.sin[at] = float(std::sin(double(a)));
+        }
+    });
+    meet();
+  }
+
+  void rotate(float* h, uint32_t layer, uint32_t i) const {
+    const uint32_t pairs = s.rope_dims / 2;
+    const size_t at = (size_t(sc.rope_of[layer]) * kMaxChunk + i) * pairs;
+    const float *c = sc.cos + at, *sn = sc.sin + at;
+    for (uint32_t p = 0; p < pairs; ++p) {
+      const uint32_t a = s.rope_interleaved ? 2 * p : p, b = s.rope_interleaved ? a + 1 : p + pairs;
+      const float u = h[a], v = h[b];
+      h[a] = u * c[p] - v * sn[p];
+      h[b] = u * sn[p] + v * c[p];
+    }
+  }
+
+  // Norm and rope of one query head of token i into `out`, times the attention scale.
+  void make_query(uint32_t layer, uint32_t i, uint32_t head, float* out) const {
+    const float* src = sc.q + size_t(i) * sc.q_cols + size_t(head) * s.head_dim;
+    if (const float* norm = d.weights_.layers[layer].q_norm)
+      k.rmsnorm(src, norm, s.norm_eps, s.head_dim, out);
+    else
+      std::memmove(out, src, s.head_dim * sizeof(float));
+    rotate(out, layer, i);
+    for (uint32_t c = 0; c < s.head_dim; ++c) out[c] *= s.attn_scale;
+  }
+
+  // Norm and rope of one key head of token i; key and value go to their page.
+  void append(uint32_t layer, uint32_t i, uint32_t head) const {
+    const uint32_t hd = s.head_dim, pos = start + i, slot = pos % kPageTokens;
+    const size_t at = size_t(i) * sc.kv_cols + size_t(head) * hd;
+    float key[kMaxHeadDim];
+    if (const float* norm = d.weights_.layers[layer].k_norm)
+      k.rmsnorm(sc.k + at, norm, s.norm_eps, hd, key);
+    else
+      std::memcpy(key, sc.k + at, hd * sizeof(float));
+    rotate(key, layer, i);
+    // Finite whatever happens: a weight of 0 times infinity would be NaN in later tokens.
+    const auto half = [](float f) { return float_to_half(std::clamp(f, -65504.0f, 65504.0f)); };
+    uint16_t* page = cache.page(layer, head, pos / kPageTokens);
+    for (uint32_t c = 0; c < hd; ++c) page[c * kPageTokens + slot] = half(key[c]);
+    uint16_t* value = page + size_t(hd) * kPageTokens + size_t(slot) * hd;
+    for (uint32_t c = 0; c < hd; ++c) value[c] = half(sc.v[at + c]);
+  }
+
+  // Attention of `rows` queries (several heads of a group, several tokens) to one chunk.
+  struct Rows {
+    const float* q[kRowsAtOnce];
+    float* acc[kRowsAtOnce];
+    uint32_t position[kRowsAtOnce];
+    float *max, *sum;
+    uint32_t count;
+  };
+
+  void attend_chunk(uint32_t layer, uint32_t kv_head, uint32_t chunk, const Rows& r) const {
+    const uint32_t window = s.layers[layer].window, base = chunk * kChunkTokens;
+    const uint16_t* pages[kChunkPages];
+    uint32_t lo[kRowsAtOnce], hi[kRowsAtOnce];
+    uint32_t first = kChunkTokens, last = 0;
+    for (uint32_t i = 0; i < r.count; ++i) {
+      const uint32_t end = r.position[i] + 1, begin = window && end > window ? end - window : 0;
+      lo[i] = std::min(std::max(begin, base) - base, kChunkTokens);
+      hi[i] = std::min(std::max(end, base) - base, kChunkTokens);
+      if (lo[i] < hi[i]) first = std::min(first, lo[i]), last = std::max(last, hi[i]);
+    }
+    if (first >= last) return;
+    for (uint32_t p = first / kPageTokens; p < (last + kPageTokens - 1) / kPageTokens; ++p)
+      pages[p] = cache.page(layer, kv_head, base / kPageTokens + p);
+    // Next comes the following chunk of this head or, after the last, the output projection.
+    const PackedMatrix& out = d.weights_.layers[layer].output;
+    const uint8_t* share = out.tile(out.tiles() * w.index() / w.threads());
+    const void* next[kAhead];
+    for (uint32_t i = 0; i < kAhead; ++i) {
+      const uint32_t p = base / kPageTokens + kChunkPages + i;
+      if (p * kPageTokens < start + n)
+        next[i] = cache.page(layer, kv_head, p);
+      else
+        next[i] = share + std::min<size_t>(i * 32 * s.head_dim, out.stride);
+    }
+    k.attend({r.q, pages, next, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
+  }
+
+  void finish_rows(const Rows& r) const {
+    for (uint32_t i = 0; i < r.count; ++i) {
+      const float f = 1.0f / r.sum[i];
+      for (uint32_t c = 0; c < s.head_dim; ++c) r.acc[i][c] *= f;
+    }
+  }
+
+  // Prefill: an item is one KV head and a few tokens; their rows share every page read.
+  void attend_many(uint32_t layer) {
+    const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, hd = s.head_dim;
+    for_tokens([&](uint32_t i) {
+      for (uint32_t h = 0; h < kv; ++h) append(layer, i, h);
+      for (uint32_t h = 0; h < s.n_heads; ++h)
+        make_query(layer, i, h, sc.q + size_t(i) * sc.q_cols + size_t(h) * hd);
+    });
+    w.barrier();
+    // The input of q, k and v has been read: its place takes the output.
+    const uint32_t block = std::max(1u, kRowsAtOnce / group), blocks = (n + block - 1) / block;
+    const uint32_t window = s.layers[layer].window;
+    uint32_t b, e;
+    while (w.claim(blocks * kv, b, e))
+      for (uint32_t item = b; item < e; ++item) {
+        const uint32_t head = item % kv, first = item / kv * block, count = std::min(block, n - first);
+        for (uint32_t g0 = 0; g0 < group; g0 += kRowsAtOnce) {  // one round unless a group is huge
+          const uint32_t gs = std::min(group - g0, kRowsAtOnce);
+          Rows r{};
+          r.max = me.max, r.sum = me.sum, r.count = count * gs;
+          for (uint32_t i = 0; i < count; ++i)
+            for (uint32_t g = 0; g < gs; ++g) {
+              const size_t at = size_t(first + i) * sc.q_cols + size_t(head * group + g0 + g) * hd;
+              const uint32_t row = i * gs + g;
+              r.q[row] = sc.q + at;
+              r.acc[row] = in.f + at;
+              r.position[row] = start + first + i;
+              r.sum[row] = 0;
+            }
+          const uint32_t end = start + first + count, seen = start + first + 1;
+          const uint32_t begin = window && seen > window ? seen - window : 0;
+          for (uint32_t c = begin / kChunkTokens; c * kChunkTokens < end; ++c) attend_chunk(layer, head, c, r);
+          finish_rows(r);
+        }
+      }
+    w.barrier();
+    set_cols(sc.q_cols);
+    for_tokens([&](uint32_t i) {
+      set_input(i, in.f + size_t(i) * sc.q_cols, quantised(d.weights_.layers[layer].output));
+    });
+    w.barrier();
+  }
+
+  // The first pages of this thread's share of attend_one().
+  void fetch_first_pages(uint32_t layer) const {
+    const uint32_t kv = s.layers[layer].n_kv_heads, window = s.layers[layer].window, end = start + 1;
+    const uint32_t low = window && end > window ? end - window : 0, first = low / kChunkTokens;
+    const uint32_t chunks = (end + kChunkTokens - 1) / kChunkTokens - first;
+    const uint32_t item = kv * chunks * w.index() / w.threads();
+    uint32_t page = std::max(low, (first + item % chunks) * kChunkTokens) / kPageTokens;
+    for (uint32_t i = 0; i < kAhead && page * kPageTokens < end; ++i, ++page)
+      fetch(cache.page(layer, item / chunks, page), 32 * s.head_dim);
+  }
+
+  // Decode: an item is one KV head and one chunk of the context.
+  void attend_one(uint32_t layer) {
+    const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, hd = s.head_dim;
+    const uint32_t window = s.layers[layer].window, end = start + 1;
+    const uint32_t first = (window && end > window ? end - window : 0) / kChunkTokens;
+    const uint32_t chunks = (end + kChunkTokens - 1) / kChunkTokens - first;
+    const size_t size = hd + 2;
+    uint32_t b, e, made = kv;
+    while (w.claim(chunks * kv, b, e))
+      for (uint32_t item = b; item < e; ++item) {
+        const uint32_t head = item / chunks, c = item % chunks;
+        if (head != made) {
+          for (uint32_t g = 0; g < group; ++g) make_query(layer, 0, head * group + g, me.q + size_t(g) * hd);
+          made = head;
+        }
+        if (c == chunks - 1) append(layer, 0, head);  // nobody else reads the newest page
+        for (uint32_t g0 = 0; g0 < group; g0 += kRowsAtOnce) {
+          Rows r{};
+          r.max = me.max, r.sum = me.sum, r.count = std::min(group - g0, kRowsAtOnce);
+          for (uint32_t g = 0; g < r.count; ++g) {
+            r.q[g] = me.q + size_t(g0 + g) * hd;
+            r.acc[g] = sc.partial.data() + (size_t(c) * s.n_heads + head * group + g0 + g) * size;
+            r.position[g] = start;
+            r.sum[g] = 0;
+          }
+          attend_chunk(layer, head, first + c, r);
+          for (uint32_t g = 0; g < r.count; ++g) r.acc[g][hd] = r.max[g], r.acc[g][hd + 1] = r.sum[g];
+        }
+      }
+    fetch_share(d.weights_.layers[layer].output);
+    w.barrier();
+    set_cols(sc.q_cols);
+    for (uint32_t h = 0; h < s.n_heads; ++h) {
+      float* out = in.f + size_t(h) * hd;
+      const float* p = sc.partial.data() + size_t(h) * size;
+      std::memcpy(out, p, hd * sizeof(float));
+      float max = p[hd], sum = p[hd + 1];
+      for (uint32_t c = 1; c < chunks; ++c) {
+        p += s.n_heads * size;
+        k.merge(&max, &sum, out, p[hd], p[hd + 1], p, hd);
+      }
+      const float f = 1.0f / sum;
+      for (uint32_t i = 0; i < hd; ++i) out[i] *= f;
+    }
+    set_input(0, in.f, quantised(d.weights_.layers[layer].output));
+  }
+
+  void add_bias(float* y, size_t stride, const float* bias, uint32_t begin, uint32_t end) const {
+    if (!bias) return;
+    for (uint32_t i = 0; i < n; ++i)
+      for (uint32_t r = begin; r < end; ++r) y[i * stride + r] += bias[r];
+  }
+
+  void attention(uint32_t layer) {
+    const LayerWeights& l = d.weights_.layers[layer];
+    // q, k and v are one run of tiles.
+    struct Part {
+      const PackedMatrix* m;
+      float* y;
+      const float* bias;
+      size_t stride;
+    };
+    const Part parts[] = {{&l.q, sc.q, l.q_bias, sc.q_cols},
+                          {&l.k, sc.k, l.k_bias, sc.kv_cols},
+                          {&l.v, sc.v, l.v_bias, sc.kv_cols}};
+    uint32_t b, e;
+    while (w.claim(l.q.tiles() + l.k.tiles() + l.v.tiles(), b, e)) {
+      uint32_t at = 0;  // first tile of the part in the run
+      for (const Part& p : parts) {
+        const uint32_t lo = std::max(b, at), hi = std::min(e, at + p.m->tiles());
+        if (lo < hi) {
+          const uint32_t row = (lo - at) * p.m->tile_rows, end = std::min((hi - at) * p.m->tile_rows, p.m->rows);
+          matmul(*p.m, lo - at, hi - at, n, p.y + row, p.stride);
+          add_bias(p.y, p.stride, p.bias, row, end);
+        }
+        at += p.m->tiles();
+      }
+    }
+    if (one) fetch_first_pages(layer);
+    w.barrier();
+    if (one)
+      attend_one(layer);
+    else
+      attend_many(layer);
+    project(l.output, l.gate);
+  }
+
+  // y = m * in; `next` is the matrix read after it.
+  void project(const PackedMatrix& m, const PackedMatrix& next) {
+    uint32_t b, e;
+    while (w.claim(m.tiles(), b, e)) matmul(m, b, e, n, sc.y + size_t(b) * m.tile_rows, padded(s.dim));
+    fetch_share(next);
+    w.barrier();
+  }
+
+  // LFM2: y = out(C * conv(B * x)) with (B, C, x) = in(h); causal, depthwise, conv_kernel taps.
+  void convolution(uint32_t layer) {
+    const LayerWeights& l = d.weights_.layers[layer];
+    const uint32_t dim = s.dim, taps = s.conv_kernel;
+    const size_t stride = padded(3 * dim);
+    float* bcx = sc.gate;  // wide enough: checked at load
+    uint32_t b, e;
+    while (w.claim(l.q.tiles(), b, e)) matmul(l.q, b, e, n, bcx + size_t(b) * l.q.tile_rows, stride);
+    w.barrier();
+    constexpr uint32_t kChannels = 32;
+    while (w.claim((dim + kChannels - 1) / kChannels, b, e)) {
+      const uint32_t lo = b * kChannels, hi = std::min(dim, e * kChannels);
+      for (uint32_t i = 0; i < n; ++i)
+        for (uint32_t c = lo; c < hi; ++c) bcx[i * stride + c] *= bcx[i * stride + 2 * dim + c];
+      for (uint32_t i = 0; i < n; ++i)
+        for (uint32_t c = lo; c < hi; ++c) {
+          float sum = 0;
+          for (uint32_t t = 0; t < taps; ++t) {
+            const uint32_t back = taps - 1 - t;
+            float input = 0;
+            if (back <= i)
+              input = bcx[(i - back) * stride + c];
+            else if (start + i >= back)
+              input = cache.conv_input(layer, start + i - back)[c];
+            sum += l.conv[size_t(c) * taps + t] * input;
+          }
+          sc.conv[i * size_t(dim) + c] = sum * bcx[i * stride + dim + c];
+        }
+      for (uint32_t i = n > kConvRing ? n - kConvRing : 0; i < n; ++i)
+        std::memcpy(cache.conv_input(layer, start + i) + lo, bcx + i * stride + lo, (hi - lo) * sizeof(float));
+    }
+    w.barrier();
+    set_cols(dim);
+    for_tokens([&](uint32_t i) { set_input(i, sc.conv + size_t(i) * dim, quantised(l.output)); });
+    meet();
+    project(l.output, l.gate);
+  }
+
+  void ffn(uint32_t layer) {
+    const LayerWeights& l = d.weights_.layers[layer];
+    const auto gated = s.gelu ? k.gate_gelu : k.gate_silu;
+    const size_t stride = padded(s.ffn_dim);
+    uint32_t b, e;
+    while (w.claim(l.gate.tiles(), b, e)) {
+      const uint32_t row = b * l.gate.tile_rows, rows = std::min(e * l.gate.tile_rows, s.ffn_dim) - row;
+      for (uint32_t t = b; t < e; ++t) {
+        matmul(l.gate, t, t + 1, n, sc.gate + size_t(t) * l.gate.tile_rows, stride);
+        matmul(l.up, t, t + 1, n, sc.up + size_t(t) * l.up.tile_rows, stride);
+      }
+      for (uint32_t i = 0; i < n; ++i) gated(sc.gate + i * stride + row, sc.up + i * stride + row, rows, sc.up + i * stride + row);
+    }
+    fetch_share(l.down);
+    w.barrier();
+    set_cols(s.ffn_dim);
+    for_tokens([&](uint32_t i) { set_input(i, sc.up + i * stride, quantised(l.down)); });
+    meet();
+    project(l.down, layer + 1 < s.layers.size() ? d.weights_.layers[layer + 1].q : d.weights_.head);
+  }
+
+  // Logits of tokens [first, first + count), count at most kHeadTokens. With a quantised head the
+  // input is coded twice, value and remainder (15 bits together): in decode the second code is free,
+  // since the head waits for memory, and it takes the activation noise out of the logits.
+  void head(uint32_t first, uint32_t count, float* out) {
+    const PackedMatrix& m = d.weights_.head;
+    const bool quant = quantised(m);
+    QuantActs acts = me.head;
+    acts.cols = s.dim;
+    for (uint32_t i = 0; i < count; ++i) {
+      float* h = me.tmp + size_t(i) * s.dim;
+      k.rmsnorm(x + size_t(first + i) * s.dim, d.weights_.output_norm, s.norm_eps, s.dim, h);
+      if (!quant) continue;
+      const QuantActs coarse = acts.token(2 * i);
+      k.quantize(h, coarse);
+      for (uint32_t c = 0; c < s.dim; ++c) h[c] -= coarse.scale[c / 32] * float(coarse.q[c]);
+      k.quantize(h, acts.token(2 * i + 1));
+    }
+    const uint32_t lanes = m.tile_rows;
+    uint32_t b, e;
+    while (w.claim(m.tiles(), b, e))
+      for (uint32_t t = b; t < e; ++t) {
+        const uint32_t rows = std::min(lanes, m.rows - t * lanes);
+        if (quant)
+          k.matmul(m, t, t + 1, acts, 2 * count, me.tile, lanes);
+        else
+          k.matmul_float(m, t, t + 1, me.tmp, count, me.tile, lanes);
+        for (uint32_t i = 0; i < count; ++i) {
+          float* dst = out + size_t(i) * m.rows + size_t(t) * lanes;
+          const float* y = me.tile + size_t(quant ? 2 * i : i) * lanes;
+          for (uint32_t r = 0; r < rows; ++r) dst[r] = quant ? y[r] + y[lanes + r] : y[r];
+        }
+      }
+    w.barrier();
+  }
+
+  void run() {
+    embed();
+    rope_tables();
+    const float* post = nullptr;
+    for (uint32_t i = 0; i < s.layers.size(); ++i) {
+      const LayerWeights& l = d.weights_.layers[i];
+      const bool conv = s.layers[i].conv;
+      enter(i > 0, post, l.attn_norm, quantised(l.q) || (!conv && (quantised(l.k) || quantised(l.v))));
+      if (conv)
+        convolution(i);
+      else
+        attention(i);
+      enter(true, l.post_attn_norm, l.ffn_norm, quantised(l.gate) || quantised(l.up));
+      ffn(i);
+      post = l.post_ffn_norm;
+    }
+    if (want == Want::None) return;
+    enter(true, post, nullptr, false);
+    if (want == Want::Last) return head(n - 1, 1, logits);
+    for (uint32_t i = 0; i < n; i += kHeadTokens)
+      head(i, std::min(kHeadTokens, n - i), logits + size_t(i) * s.vocab_size);
+  }
+};
+
+void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want want, float* logits) {
+  for (uint32_t i = 0; i < n; ++i)
+    if (tokens[i] < 0 || uint32_t(tokens[i]) >= spec_.vocab_size)
+      throw EngineError("token id " + std::to_string(tokens[i]) + " is outside the vocabulary of " +
+                        std::to_string(spec_.vocab_size));
+  const std::lock_guard lock(turn_);
+  if (n > cache.context() - cache.length() || n == 0)
+    throw EngineError(n == 0 ? "no tokens to append"
+                             : "the sequence would be " + std::to_string(size_t(cache.length()) + n) +
+                                   " tokens, the context holds " + std::to_string(cache.context()) +
+                                   ": shorten the prompt or load with a larger context");
+  cache.reserve(cache.length() + n);
+  const uint32_t chunks = (cache.length() + n + kChunkTokens - 1) / kChunkTokens;
+  scratch_->partial.resize(std::max<size_t>(scratch_->partial.size(), size_t(chunks) * spec_.n_heads * (spec_.head_dim + 2)));
+  for (uint32_t done = 0; done < n;) {
+    const uint32_t count = std::min(n - done, kMaxChunk), start = cache.length();
+    const Want now = want == Want::Last && done + count < n ? Want::None : want;
+    float* out = want == Want::All ? logits + size_t(done) * spec_.vocab_size : logits;
+    pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now, out}.run(); });
+    cache.set_length(start + count);
+    done += count;
+  }
+}
+
+}  // namespace edgert

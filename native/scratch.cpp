@@ -1,0 +1,72 @@
+#include "scratch.h"
+
+#include <algorithm>
+
+namespace edgert {
+namespace {
+
+QuantActs take_quant(Arena& a, size_t values) {
+  QuantActs q{};
+  q.q = a.take<int8_t>(values);
+  q.scale = a.take<float>(values / 32 + 1);
+  q.sum32 = a.take<int32_t>(values / 32 + 1);
+  q.fsum32 = a.take<float>(values / 32 + 1);
+  q.sum16 = a.take<int32_t>(values / 16 + 1);
+  q.fsum16 = a.take<float>(values / 16 + 1);
+  return q;
+}
+
+}  // namespace
+
+Scratch::Scratch(const ModelSpec& spec, uint32_t thread_count) {
+  uint32_t kv = 0;
+  for (const LayerSpec& l : spec.layers) {
+    kv = std::max(kv, l.n_kv_heads * spec.head_dim);
+    conv_layers |= l.conv;
+    uint32_t r = 0;
+    if (!l.conv) {
+      while (r < ropes.size() && (ropes[r].rope_base != l.rope_base || ropes[r].rope_scale != l.rope_scale)) ++r;
+      if (r == ropes.size()) ropes.push_back(l);
+    }
+    rope_of.push_back(r);
+  }
+  q_cols = spec.n_heads * spec.head_dim;
+  kv_cols = padded(kv);
+  ffn = padded(std::max(spec.ffn_dim, conv_layers ? 3 * spec.dim : 0));
+  widest = padded(std::max({spec.dim, q_cols, spec.ffn_dim}));
+  threads.resize(thread_count);
+  Arena measure;
+  lay_out(measure, spec);
+  arena_ = Arena(measure.used(), "the activations");
+  lay_out(arena_, spec);
+}
+
+void Scratch::lay_out(Arena& a, const ModelSpec& spec) {
+  const size_t n = kMaxChunk, dim = spec.dim, rope = ropes.size() * n * (spec.rope_dims / 2);
+  x = a.take<float>(n * dim);
+  y = a.take<float>(n * padded(spec.dim));
+  q = a.take<float>(n * q_cols);
+  k = a.take<float>(n * kv_cols);
+  v = a.take<float>(n * kv_cols);
+  gate = a.take<float>(n * ffn);
+  up = a.take<float>(n * ffn);
+  conv = a.take<float>(conv_layers ? n * dim : 0);
+  in.f = a.take<float>(n * widest);
+  in.q = take_quant(a, n * widest);
+  cos = a.take<float>(rope);
+  sin = a.take<float>(rope);
+  for (Private& p : threads) {
+    p.x = a.take<float>(dim);
+    p.in.f = a.take<float>(widest);
+    p.in.q = take_quant(a, widest);
+    p.tmp = a.take<float>(std::max<size_t>(widest, kHeadTokens * dim));
+    p.head = take_quant(a, 2 * kHeadTokens * dim);
+    p.tile = a.take<float>(2 * kHeadTokens * 16);
+    p.q = a.take<float>(q_cols);
+    p.scores = a.take<float>(16 * kChunkTokens);
+    p.max = a.take<float>(kRowsAtOnce);
+    p.sum = a.take<float>(kRowsAtOnce);
+  }
+}
+
+}  // namespace edgert

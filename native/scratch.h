@@ -1,0 +1,70 @@
+// The activations of a decoder: every buffer of a forward pass, allocated once at load.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+#include "kv.h"
+#include "memory.h"
+#include "spec.h"
+
+namespace edgert {
+
+inline constexpr uint32_t kHeadTokens = 4;   // tokens whose logits are computed together
+inline constexpr uint32_t kRowsAtOnce = 48;  // query rows of one prefill attention item
+inline constexpr uint32_t kMaxHeadDim = 256;
+
+// Row strides are whole tiles of any ISA level.
+inline uint32_t padded(uint32_t n) { return (n + 15) / 16 * 16; }
+
+// The input of a matrix: floats, and the same quantised for quantised weights.
+struct Input {
+  float* f = nullptr;  // [n][cols]
+  QuantActs q{};
+};
+
+// "Shared" buffers hold all tokens of a chunk. Each thread also has a private set for one token: a
+// decode step repeats the cheap parts on every thread instead of meeting at a barrier for them.
+struct Scratch {
+  Scratch(const ModelSpec& spec, uint32_t threads);
+
+  struct Private {
+    float* x;          // [dim] residual stream
+    Input in;          // [widest]
+    float* tmp;        // [max(widest, kHeadTokens * dim)]
+    QuantActs head;    // [2 * kHeadTokens][dim]: codes, and the codes of what they miss
+    float* tile;       // [2 * kHeadTokens][16]
+    float* q;          // [q_cols] rotated queries of one KV head
+    float* scores;     // [16][kChunkTokens]
+    float *max, *sum;  // [kRowsAtOnce]
+  };
+
+  uint32_t q_cols, kv_cols;  // row strides of q and of k, v
+  uint32_t widest;           // most columns of any matrix input
+  uint32_t ffn;              // row stride of gate and up; a convolution's input projection fits too
+  bool conv_layers = false;
+
+  float *x, *y;         // [kMaxChunk][dim], [kMaxChunk][padded(dim)] residual stream, block output
+  float *q, *k, *v;     // [kMaxChunk][q_cols], [kMaxChunk][kv_cols]
+  float *gate, *up;     // [kMaxChunk][ffn]
+  float* conv;          // [kMaxChunk][dim] output of the convolution, if the model has any
+  Input in;             // [kMaxChunk][widest]
+  float *cos, *sin;     // [rope kinds][kMaxChunk][rope_dims / 2]
+  std::vector<Private> threads;
+
+  std::vector<LayerSpec> ropes;              // distinct (base, scale)
+  std::vector<uint32_t> rope_of;             // by layer: which of them
+  std::vector<std::vector<float>> inv_freq;  // [rope kinds][rope_dims / 2], filled by the decoder
+
+  // Attention of one token: (sum of weighted values, maximum, sum of weights) by chunk and head,
+  // [chunks][n_heads][head_dim + 2]. Grows with the context, before a pass.
+  std::vector<float> partial;
+
+  size_t bytes() const { return arena_.bytes() + partial.capacity() * sizeof(float); }
+
+ private:
+  void lay_out(Arena& a, const ModelSpec& spec);
+  Arena arena_;
+};
+
+}  // namespace edgert
