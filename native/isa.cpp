@@ -73,7 +73,13 @@ std::vector<Isa> isa_available() {
 Isa isa_select() {
   const std::vector<Isa> levels = isa_available();
   const char* wanted = std::getenv("EDGERT_ISA");
-  if (wanted == nullptr || *wanted == '\0') return levels.front();
+  if (wanted == nullptr || *wanted == '\0') {
+    if (levels.front() == Isa::Scalar)
+      throw EngineError("this CPU, or the operating system on it, offers neither AVX2 with FMA and F16C nor NEON with "
+                        "dot product: the native engine would be about a hundred times slower than it should. Use "
+                        "another engine (--engine llamacpp), or set EDGERT_ISA=scalar to run the portable kernels all the same");
+    return levels.front();
+  }
   std::string names;
   for (Isa isa : levels) {
     if (std::string(wanted) == isa_name(isa)) return isa;

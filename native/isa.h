@@ -19,7 +19,8 @@ const char* isa_name(Isa isa);
 std::vector<Isa> isa_available();
 
 // The level named by the environment variable EDGERT_ISA, or the best one when it is unset or empty.
-// Throws EngineError for a name that does not exist or that this machine cannot run.
+// Throws EngineError for a name that does not exist or that this machine cannot run, and on a machine
+// that has only Scalar unless EDGERT_ISA asks for it: slowness of that size must not be a surprise.
 Isa isa_select();
 
 }  // namespace edgert

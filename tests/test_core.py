@@ -125,6 +125,23 @@ def test_levels_and_threads_agree_on_tiny_models(name: str, quant: str, host: Pa
 
 
 @arm
+def test_a_cpu_without_avx2_is_told_so(host: Path, tmp_path: Path) -> None:
+    if not shutil.which("qemu-x86_64"):
+        pytest.skip("needs Debian's qemu-user")
+    tiny = pytest.importorskip("tiny_models").tiny("llama", "Q4_1")
+    spec = tmp_path / "spec"
+    spec.write_text(spec_text(tiny.spec))
+    old = ["qemu-x86_64", "-cpu", "Nehalem", host / "run_model", tiny.path, spec, "1", "5", "6"]
+    refused = subprocess.run(old, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "neither AVX2" in refused.stderr and "EDGERT_ISA=scalar" in refused.stderr
+    forced = run(*old, env={"EDGERT_ISA": "scalar"})
+    here = run(*old[3:], env={"EDGERT_ISA": "scalar"})
+    assert len(forced) == 2 * tiny.spec.vocab_size * 4
+    assert np.allclose(np.frombuffer(forced, np.float32), np.frombuffer(here, np.float32), rtol=1e-5, atol=1e-5)
+
+
+@arm
 def test_arm_kernels_agree_with_arithmetic(aarch64: Path) -> None:
     out = run(*QEMU, aarch64 / "test_kernels").decode()
     assert [line.split(":")[0] for line in out.splitlines()] == ["neon", "scalar"]

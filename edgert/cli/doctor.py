@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -38,7 +39,10 @@ def examine() -> dict[str, Any]:
     from edgert.platforms.detect import detect
 
     machine = detect()
-    selected = _native.isa_selected()
+    levels = _native.isa_levels()
+    # A machine with nothing but the portable level is refused by the engine, not by the doctor.
+    portable = levels == ["scalar"] and not os.environ.get("EDGERT_ISA")
+    selected = "scalar" if portable else _native.isa_selected()
     most = min(machine.cpu.usable, 1024)
     counts = sorted({1, machine.threads, most, *(2**i for i in range(1, most.bit_length()) if 2**i < most)})
     rates, share = _measure(counts)
@@ -50,7 +54,7 @@ def examine() -> dict[str, Any]:
         "threads": machine.threads,
         "available_memory": machine.available_memory,
         "python": sys.version.split()[0],
-        "isa": {"selected": selected, "available": _native.isa_levels()},
+        "isa": {"selected": selected, "available": levels},
         "read_bytes_per_second": rates,
         "share_of_processors_while_measuring": share,
         "engines": _engines(),
