@@ -28,3 +28,19 @@ def real_model(name: str) -> Path:
 @pytest.fixture(scope="session", name="real_model")
 def _real_model() -> Callable[[str], Path]:
     return real_model
+
+
+_REPORT = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def report(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """Takes lines to print at the end of the run: figures that a reader wants from a passing test."""
+    lines = pytestconfig.stash.setdefault(_REPORT, [])
+    return lambda *new: lines.extend(new)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash.get(_REPORT, []):
+        terminalreporter.section("measured")
+        terminalreporter.write("\n".join(lines) + "\n")

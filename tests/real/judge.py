@@ -1,0 +1,199 @@
+"""What the tests on real weights share: prompts, texts, and what each engine made of them.
+
+Everything heavy is computed once a session: for every prompt, llama.cpp's greedy continuation, and the
+logits of both engines and of the float32 reference along it; for the essay, the reference's hidden states.
+Logits are reduced as they come ([positions, vocab] of all prompts would be gigabytes).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from conftest import real_model
+from reference import Reference
+
+from edgert.engines import llamacpp, open_engine
+from edgert.engines.base import Engine
+
+DATA = Path(__file__).parent.parent / "data"
+THREADS = 2
+CONTINUATION = 64
+ESSAY_TOKENS = 2048
+ROWS = 256  # of logits at a time
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A position where native's likeliest token is not llama.cpp's. Gaps are logits: how far each side
+    prefers its own token over the other's; ``reference_gap`` is |gap| of the two in float32."""
+
+    prompt: int
+    position: int
+    native: int
+    peer: int
+    native_gap: float
+    peer_gap: float
+    reference_gap: float
+
+    def __str__(self) -> str:
+        return (
+            f"prompt {self.prompt:2d} position {self.position:2d}: native {self.native} by "
+            f"{self.native_gap:.3f}, llama.cpp {self.peer} by {self.peer_gap:.3f}; "
+            f"float32 gap {self.reference_gap:.3f}"
+        )
+
+
+@dataclass
+class Continuations:
+    """Along llama.cpp's greedy continuations of all prompts, teacher-forced after a divergence."""
+
+    positions: int = 0
+    divergences: list[Divergence] = field(default_factory=list)
+    first_divergences: set[int] = field(default_factory=set)  # prompts
+    # Error of the gap between the reference's two likeliest tokens, llama.cpp minus float32.
+    peer_gap_errors: list[float] = field(default_factory=list)
+    native_gap_errors: list[float] = field(default_factory=list)
+    native_kl: list[float] = field(default_factory=list)
+    peer_kl: list[float] = field(default_factory=list)
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of llama.cpp's gap errors: what quantised activations do to the choice
+        between two tokens. Native has no part in it, so it cannot excuse itself."""
+        return float(np.std(self.peer_gap_errors))
+
+
+@dataclass
+class EssayScore:
+    """Sums over the positions of the essay; perplexities are of the tokens after the first."""
+
+    kl: float
+    perplexity: float
+    reference_perplexity: float
+
+
+class Judge:
+    """One real model in native, llama.cpp and the reference."""
+
+    def __init__(self, name: str) -> None:
+        torch.set_num_threads(THREADS)
+        self.name, self.path = name, real_model(name)
+        self.peer = llamacpp.open(self.path, threads=THREADS)
+        self.native: Engine = open_engine(self.path, "native", threads=THREADS)
+        self.reference = Reference(self.path)
+        self.essay = self.encode((DATA / "essay.txt").read_text())[:ESSAY_TOKENS]
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """llama.cpp's ids of ``text``, with the tokens the model wants at the beginning."""
+        api, data = self.peer.api, text.encode()
+        ids = (ctypes.c_int32 * (len(data) + 8))()
+        vocab = api.llama_model_get_vocab(self.peer.model)
+        return list(ids[: api.llama_tokenize(vocab, data, len(data), ids, len(ids), True, special)])
+
+    def prompts(self) -> Iterator[list[int]]:
+        chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+        if self.name.startswith("gemma"):  # a base model
+            chat = "Question: {}\nAnswer:"
+        for line in (DATA / "prompts.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            is_chat = entry["kind"] == "chat"
+            yield self.encode(chat.format(entry["text"]) if is_chat else entry["text"], special=is_chat)
+
+    @cached_property
+    def continuations(self) -> Continuations:
+        out = Continuations()
+        for number, prompt in enumerate(self.prompts()):
+            continuation, peer = self._greedy(prompt)
+            native = self._along(prompt, continuation)
+            hidden = self.reference.hidden(prompt + continuation[:-1])
+            self._judge(out, number, native, peer, self.reference.logits(hidden[len(prompt) - 1 :]).numpy())
+        return out
+
+    @cached_property
+    def native_essay(self) -> EssayScore:
+        return self._score_essay(self.native)
+
+    @cached_property
+    def peer_essay(self) -> EssayScore:
+        return self._score_essay(self.peer)
+
+    def _score_essay(self, engine: Engine) -> EssayScore:
+        session = engine.session(len(self.essay))
+        kl = nll = reference_nll = 0.0
+        for at in range(0, len(self.essay), ROWS):
+            part = self.essay[at : at + ROWS]
+            ours = log_softmax(session.score(part))
+            theirs = log_softmax(self.reference.logits(self._essay_hidden[at : at + ROWS]).numpy())
+            kl += divergence(theirs, ours).sum().item()
+            following = torch.tensor(self.essay[at + 1 : at + ROWS + 1])
+            rows = torch.arange(len(following))
+            nll -= ours[rows, following].sum().item()
+            reference_nll -= theirs[rows, following].sum().item()
+        session.close()
+        n = len(self.essay)
+        return EssayScore(kl / n, math.exp(nll / (n - 1)), math.exp(reference_nll / (n - 1)))
+
+    def close(self) -> None:
+        self.native.close()
+        self.peer.close()
+
+    @cached_property
+    def _essay_hidden(self) -> torch.Tensor:
+        return self.reference.hidden(self.essay)
+
+    def _greedy(self, prompt: list[int]) -> tuple[list[int], npt.NDArray[np.float32]]:
+        """llama.cpp's continuation and its logits, [CONTINUATION, vocab]."""
+        session = self.peer.session(len(prompt) + CONTINUATION)
+        rows = [session.prefill(prompt)]
+        while len(rows) < CONTINUATION:
+            rows.append(session.step(int(rows[-1].argmax())))
+        session.close()
+        return [int(row.argmax()) for row in rows], np.stack(rows)
+
+    def _along(self, prompt: list[int], continuation: list[int]) -> npt.NDArray[np.float32]:
+        """Native's logits where llama.cpp chose ``continuation``, by single steps."""
+        session = self.native.session(len(prompt) + CONTINUATION)
+        rows = [session.prefill(prompt).copy()]
+        rows += [session.step(token).copy() for token in continuation[:-1]]
+        session.close()
+        return np.stack(rows)
+
+    def _judge(
+        self,
+        out: Continuations,
+        number: int,
+        native: npt.NDArray[np.float32],
+        peer: npt.NDArray[np.float32],
+        reference: npt.NDArray[np.float32],
+    ) -> None:
+        exact = log_softmax(reference)
+        out.native_kl += divergence(exact, log_softmax(native)).tolist()
+        out.peer_kl += divergence(exact, log_softmax(peer)).tolist()
+        out.positions += len(native)
+        for i, (n, p, r) in enumerate(zip(native, peer, reference, strict=True)):
+            second, first = np.argpartition(r, -2)[-2:]
+            out.peer_gap_errors.append(float((p[first] - p[second]) - (r[first] - r[second])))
+            out.native_gap_errors.append(float((n[first] - n[second]) - (r[first] - r[second])))
+            a, b = int(n.argmax()), int(p.argmax())
+            if a != b:
+                gaps = (float(n[a] - n[b]), float(p[b] - p[a]), float(abs(r[a] - r[b])))
+                out.divergences.append(Divergence(number, i, a, b, *gaps))
+                out.first_divergences.add(number)
+
+
+def log_softmax(logits: npt.NDArray[np.float32]) -> torch.Tensor:
+    return torch.log_softmax(torch.from_numpy(logits), -1)
+
+
+def divergence(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(exact || other) of each row of log probabilities, in nats."""
+    return (exact.exp() * (exact - other)).sum(-1)
