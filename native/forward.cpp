@@ -140,15 +140,12 @@ struct Decoder::Pass {
     }
   }
 
-  // Norm and rope of one query head of token i into `out`, times the attention scale.
-  void make_query(uint32_t layer, uint32_t i, uint32_t head, float* out) const {
-    const float* src = sc.q + size_t(i) * sc.q_cols + size_t(head) * s.head_dim;
-    if (const float* norm = d.weights_.layers[layer].q_norm)
-      k.rmsnorm(src, norm, s.norm_eps, s.head_dim, out);
-    else
-      std::memmove(out, src, s.head_dim * sizeof(float));
-    rotate(out, layer, i);
-    for (uint32_t c = 0; c < s.head_dim; ++c) out[c] *= s.attn_scale;
+  // Norm and rope of one query head of token i, in place, times the attention scale.
+  void make_query(uint32_t layer, uint32_t i, uint32_t head) const {
+    float* q = sc.q + size_t(i) * sc.q_cols + size_t(head) * s.head_dim;
+    if (const float* norm = d.weights_.layers[layer].q_norm) k.rmsnorm(q, norm, s.norm_eps, s.head_dim, q);
+    rotate(q, layer, i);
+    for (uint32_t c = 0; c < s.head_dim; ++c) q[c] *= s.attn_scale;
   }
 
   // Norm and rope of one key head of token i; key and value go to their page.
@@ -167,6 +164,20 @@ struct Decoder::Pass {
     for (uint32_t c = 0; c < hd; ++c) page[c * kPageTokens + slot] = half(key[c]);
     uint16_t* value = page + size_t(hd) * kPageTokens + size_t(slot) * hd;
     for (uint32_t c = 0; c < hd; ++c) value[c] = half(sc.v[at + c]);
+  }
+
+  // Norm and rope of every head; keys and values go to their pages.
+  void prepare_heads(uint32_t layer) {
+    const uint32_t kv = s.layers[layer].n_kv_heads, each = kv + s.n_heads;
+    uint32_t b, e;
+    while (w.claim(n * each, b, e))
+      for (uint32_t item = b; item < e; ++item) {
+        const uint32_t i = item / each, h = item % each;
+        if (h < kv)
+          append(layer, i, h);
+        else
+          make_query(layer, i, h - kv);
+      }
   }
 
   // Attention of `rows` queries (several heads of a group, several tokens) to one chunk.
@@ -216,12 +227,6 @@ struct Decoder::Pass {
   // Prefill: an item is one KV head and a few tokens; their rows share every page read.
   void attend_many(uint32_t layer) {
     const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, hd = s.head_dim;
-    for_tokens([&](uint32_t i) {
-      for (uint32_t h = 0; h < kv; ++h) append(layer, i, h);
-      for (uint32_t h = 0; h < s.n_heads; ++h)
-        make_query(layer, i, h, sc.q + size_t(i) * sc.q_cols + size_t(h) * hd);
-    });
-    w.barrier();
     // The input of q, k and v has been read: its place takes the output.
     const uint32_t block = std::max(1u, kRowsAtOnce / group), blocks = (n + block - 1) / block;
     const uint32_t window = s.layers[layer].window;
@@ -256,45 +261,53 @@ struct Decoder::Pass {
     w.barrier();
   }
 
-  // The first pages of this thread's share of attend_one().
-  void fetch_first_pages(uint32_t layer) const {
-    const uint32_t kv = s.layers[layer].n_kv_heads, window = s.layers[layer].window, end = start + 1;
-    const uint32_t low = window && end > window ? end - window : 0, first = low / kChunkTokens;
+  // How one token's attention is cut into items: by KV head, chunk of the context and, when these
+  // are few, by query head too. The cut never changes a bit: rows and chunks are independent.
+  struct Cut {
+    uint32_t first, chunks;  // chunks of the context
+    uint32_t parts, rows;    // items a group of query heads makes, and rows of each
+    uint32_t items;
+  };
+  Cut cut(uint32_t layer) const {
+    const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, window = s.layers[layer].window;
+    const uint32_t end = start + 1, first = (window && end > window ? end - window : 0) / kChunkTokens;
     const uint32_t chunks = (end + kChunkTokens - 1) / kChunkTokens - first;
-    const uint32_t item = kv * chunks * w.index() / w.threads();
-    uint32_t page = std::max(low, (first + item % chunks) * kChunkTokens) / kPageTokens;
-    for (uint32_t i = 0; i < kAhead && page * kPageTokens < end; ++i, ++page)
-      fetch(cache.page(layer, item / chunks, page), 32 * s.head_dim);
+    const bool few = chunks * kv < 4 * w.threads();
+    const uint32_t rows = few ? 1 : std::min(group, kRowsAtOnce), parts = (group + rows - 1) / rows;
+    return {first, chunks, parts, rows, kv * parts * chunks};
   }
 
-  // Decode: an item is one KV head and one chunk of the context.
+  // The first pages of this thread's share of attend_one().
+  void fetch_first_pages(uint32_t layer) const {
+    if (!one) return;
+    const Cut c = cut(layer);
+    const uint32_t item = c.items * w.index() / w.threads(), window = s.layers[layer].window, end = start + 1;
+    const uint32_t low = window && end > window ? end - window : 0;
+    uint32_t page = std::max(low, (c.first + item % c.chunks) * kChunkTokens) / kPageTokens;
+    for (uint32_t i = 0; i < kAhead && page * kPageTokens < end; ++i, ++page)
+      fetch(cache.page(layer, item / (c.chunks * c.parts), page), 32 * s.head_dim);
+  }
+
   void attend_one(uint32_t layer) {
-    const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, hd = s.head_dim;
-    const uint32_t window = s.layers[layer].window, end = start + 1;
-    const uint32_t first = (window && end > window ? end - window : 0) / kChunkTokens;
-    const uint32_t chunks = (end + kChunkTokens - 1) / kChunkTokens - first;
+    const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, hd = s.head_dim;
+    const Cut cut = this->cut(layer);
     const size_t size = hd + 2;
-    uint32_t b, e, made = kv;
-    while (w.claim(chunks * kv, b, e))
+    uint32_t b, e;
+    while (w.claim(cut.items, b, e))
       for (uint32_t item = b; item < e; ++item) {
-        const uint32_t head = item / chunks, c = item % chunks;
-        if (head != made) {
-          for (uint32_t g = 0; g < group; ++g) make_query(layer, 0, head * group + g, me.q + size_t(g) * hd);
-          made = head;
+        const uint32_t chunk = item % cut.chunks, part = item / cut.chunks % cut.parts;
+        const uint32_t kv_head = item / cut.chunks / cut.parts, first = part * cut.rows;
+        Rows r{};
+        r.max = me.max, r.sum = me.sum, r.count = std::min(cut.rows, group - first);
+        for (uint32_t i = 0; i < r.count; ++i) {
+          const uint32_t head = kv_head * group + first + i;
+          r.q[i] = sc.q + size_t(head) * hd;
+          r.acc[i] = sc.partial.data() + (size_t(chunk) * s.n_heads + head) * size;
+          r.position[i] = start;
+          r.sum[i] = 0;
         }
-        if (c == chunks - 1) append(layer, 0, head);  // nobody else reads the newest page
-        for (uint32_t g0 = 0; g0 < group; g0 += kRowsAtOnce) {
-          Rows r{};
-          r.max = me.max, r.sum = me.sum, r.count = std::min(group - g0, kRowsAtOnce);
-          for (uint32_t g = 0; g < r.count; ++g) {
-            r.q[g] = me.q + size_t(g0 + g) * hd;
-            r.acc[g] = sc.partial.data() + (size_t(c) * s.n_heads + head * group + g0 + g) * size;
-            r.position[g] = start;
-            r.sum[g] = 0;
-          }
-          attend_chunk(layer, head, first + c, r);
-          for (uint32_t g = 0; g < r.count; ++g) r.acc[g][hd] = r.max[g], r.acc[g][hd + 1] = r.sum[g];
-        }
+        attend_chunk(layer, kv_head, cut.first + chunk, r);
+        for (uint32_t i = 0; i < r.count; ++i) r.acc[i][hd] = r.max[i], r.acc[i][hd + 1] = r.sum[i];
       }
     fetch_share(d.weights_.layers[layer].output);
     w.barrier();
@@ -304,7 +317,7 @@ struct Decoder::Pass {
       const float* p = sc.partial.data() + size_t(h) * size;
       std::memcpy(out, p, hd * sizeof(float));
       float max = p[hd], sum = p[hd + 1];
-      for (uint32_t c = 1; c < chunks; ++c) {
+      for (uint32_t c = 1; c < cut.chunks; ++c) {
         p += s.n_heads * size;
         k.merge(&max, &sum, out, p[hd], p[hd + 1], p, hd);
       }
@@ -345,7 +358,9 @@ struct Decoder::Pass {
         at += p.m->tiles();
       }
     }
-    if (one) fetch_first_pages(layer);
+    w.barrier();
+    prepare_heads(layer);
+    fetch_first_pages(layer);
     w.barrier();
     if (one)
       attend_one(layer);

@@ -62,7 +62,6 @@ void Scratch::lay_out(Arena& a, const ModelSpec& spec) {
     p.tmp = a.take<float>(std::max<size_t>(widest, kHeadTokens * dim));
     p.head = take_quant(a, 2 * kHeadTokens * dim);
     p.tile = a.take<float>(2 * kHeadTokens * 16);
-    p.q = a.take<float>(q_cols);
     p.scores = a.take<float>(16 * kChunkTokens);
     p.max = a.take<float>(kRowsAtOnce);
     p.sum = a.take<float>(kRowsAtOnce);

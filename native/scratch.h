@@ -34,7 +34,6 @@ struct Scratch {
     float* tmp;        // [max(widest, kHeadTokens * dim)]
     QuantActs head;    // [2 * kHeadTokens][dim]: codes, and the codes of what they miss
     float* tile;       // [2 * kHeadTokens][16]
-    float* q;          // [q_cols] rotated queries of one KV head
     float* scores;     // [16][kChunkTokens]
     float *max, *sum;  // [kRowsAtOnce]
   };
