@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         for name in args.model or MODELS:
-            section = measure(name, args)
-            print("\n".join(report.render_section(name, section)))
+            section, title = measure(name, args), Path(name).name
+            print("\n".join(report.render_section(title, section)))
             if not (args.quick or args.only):
-                table = report.write(args.out, machine(), Path(name).name, section)
+                table = report.write(args.out, machine(), title, section)
                 say(f"written: {table}")
     except EdgertError as error:
         print(f"error: {error}", file=sys.stderr)

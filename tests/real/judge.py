@@ -11,6 +11,7 @@ import ctypes
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +20,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from conftest import real_model
-from reference import Reference
+from hf_reference import Reference
 
 from edgert.engines import llamacpp, open_engine
 from edgert.engines.base import Engine
 
+Rows = npt.NDArray[np.float32]  # logits, [positions, vocab]
+
 DATA = Path(__file__).parent.parent / "data"
-THREADS = 2
+THREADS = 1  # of each engine: one core runs llama.cpp ahead, the other what judges it
 CONTINUATION = 64
 ESSAY_TOKENS = 2048
 ROWS = 256  # of logits at a time
@@ -110,12 +113,16 @@ class Judge:
 
     @cached_property
     def continuations(self) -> Continuations:
-        out = Continuations()
-        for number, prompt in enumerate(self.prompts()):
-            continuation, peer = self._greedy(prompt)
-            native = self._along(prompt, continuation)
-            hidden = self.reference.hidden(prompt + continuation[:-1])
-            self._judge(out, number, native, peer, self.reference.logits(hidden[len(prompt) - 1 :]).numpy())
+        out, prompts = Continuations(), list(self.prompts())
+        with ThreadPoolExecutor(max_workers=1) as other_core:
+            ahead = other_core.submit(self._greedy, prompts[0])
+            for number, prompt in enumerate(prompts):
+                continuation, peer = ahead.result()
+                if number + 1 < len(prompts):
+                    ahead = other_core.submit(self._greedy, prompts[number + 1])
+                native = self._along(prompt, continuation)
+                hidden = self.reference.hidden(prompt + continuation[:-1])[len(prompt) - 1 :]
+                self._judge(out, number, native, peer, self.reference.logits(hidden).numpy())
         return out
 
     @cached_property
@@ -150,7 +157,7 @@ class Judge:
     def _essay_hidden(self) -> torch.Tensor:
         return self.reference.hidden(self.essay)
 
-    def _greedy(self, prompt: list[int]) -> tuple[list[int], npt.NDArray[np.float32]]:
+    def _greedy(self, prompt: list[int]) -> tuple[list[int], Rows]:
         """llama.cpp's continuation and its logits, [CONTINUATION, vocab]."""
         session = self.peer.session(len(prompt) + CONTINUATION)
         rows = [session.prefill(prompt)]
@@ -159,7 +166,7 @@ class Judge:
         session.close()
         return [int(row.argmax()) for row in rows], np.stack(rows)
 
-    def _along(self, prompt: list[int], continuation: list[int]) -> npt.NDArray[np.float32]:
+    def _along(self, prompt: list[int], continuation: list[int]) -> Rows:
         """Native's logits where llama.cpp chose ``continuation``, by single steps."""
         session = self.native.session(len(prompt) + CONTINUATION)
         rows = [session.prefill(prompt).copy()]
@@ -171,26 +178,32 @@ class Judge:
         self,
         out: Continuations,
         number: int,
-        native: npt.NDArray[np.float32],
-        peer: npt.NDArray[np.float32],
-        reference: npt.NDArray[np.float32],
+        native: Rows,
+        peer: Rows,
+        reference: Rows,
     ) -> None:
         exact = log_softmax(reference)
         out.native_kl += divergence(exact, log_softmax(native)).tolist()
         out.peer_kl += divergence(exact, log_softmax(peer)).tolist()
         out.positions += len(native)
-        for i, (n, p, r) in enumerate(zip(native, peer, reference, strict=True)):
-            second, first = np.argpartition(r, -2)[-2:]
-            out.peer_gap_errors.append(float((p[first] - p[second]) - (r[first] - r[second])))
-            out.native_gap_errors.append(float((n[first] - n[second]) - (r[first] - r[second])))
-            a, b = int(n.argmax()), int(p.argmax())
-            if a != b:
-                gaps = (float(n[a] - n[b]), float(p[b] - p[a]), float(abs(r[a] - r[b])))
-                out.divergences.append(Divergence(number, i, a, b, *gaps))
-                out.first_divergences.add(number)
+        rows = np.arange(len(reference))
+        first, second = torch.from_numpy(reference).topk(2).indices.numpy().T
+
+        def gap(logits: Rows, a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> Rows:
+            return logits[rows, a] - logits[rows, b]
+
+        exact_gap = gap(reference, first, second)
+        out.peer_gap_errors += (gap(peer, first, second) - exact_gap).tolist()
+        out.native_gap_errors += (gap(native, first, second) - exact_gap).tolist()
+        ours, theirs = native.argmax(1), peer.argmax(1)
+        gaps = gap(native, ours, theirs), gap(peer, theirs, ours), abs(gap(reference, ours, theirs))
+        for i in np.flatnonzero(ours != theirs).tolist():
+            values = (float(g[i]) for g in gaps)
+            out.divergences.append(Divergence(number, i, int(ours[i]), int(theirs[i]), *values))
+            out.first_divergences.add(number)
 
 
-def log_softmax(logits: npt.NDArray[np.float32]) -> torch.Tensor:
+def log_softmax(logits: Rows) -> torch.Tensor:
     return torch.log_softmax(torch.from_numpy(logits), -1)
 
 
