@@ -261,34 +261,47 @@ void gate_gelu(const float* gate, const float* up, uint32_t n, float* y) { gated
 
 constexpr int PV = kPageTokens / L;  // vectors across the tokens of a page
 
-template <int N>
-inline void page_scores(const uint16_t* k, const uint8_t* next, const float* const* q, uint32_t head_dim,
-                        float* scores) {
-  VF acc[N][PV];
-  unroll<N>([&](auto n) { unroll<PV>([&](auto v) { acc[n][v] = vf_zero(); }); });
+// With few query rows one page at a time is a short chain of dependent multiply-adds and one stream of
+// memory. So several pages (or stretches of head_dim) are taken together, as many as the registers
+// hold: accumulators, one row's worth of keys, one broadcast.
+constexpr int together(int rows) {
+  constexpr int registers = L == 16 ? 32 : 16;
+  const auto fit = [=](int pages) { return (rows + 1) * pages * PV + 1 <= registers; };
+  return fit(4) ? 4 : fit(2) ? 2 : 1;
+}
+
+// Scores of P pages; `next` is fetched on the way.
+template <int N, int P>
+inline void page_scores(const uint16_t* const* pages, const uint8_t* const* next, const float* const* q,
+                        uint32_t head_dim, float* scores) {
+  VF acc[N][P * PV];
+  unroll<N>([&](auto n) { unroll<P * PV>([&](auto v) { acc[n][v] = vf_zero(); }); });
   for (uint32_t d = 0; d < head_dim; ++d) {
-    if (d % 2 == 0) vb_prefetch(next + d * 32);
-    VF kv[PV];
-    unroll<PV>([&](auto v) { kv[v] = vf_from_f16(k + d * kPageTokens + v * L); });
+    if (d % 2 == 0) unroll<P>([&](auto p) { vb_prefetch(next[p] + d * 32); });
+    VF kv[P * PV];
+    unroll<P * PV>([&](auto v) { kv[v] = vf_from_f16(pages[v / PV] + d * kPageTokens + v % PV * L); });
     unroll<N>([&](auto n) {
       const VF qd = vf_set1(q[n][d]);
-      unroll<PV>([&](auto v) { acc[n][v] = vf_fma(kv[v], qd, acc[n][v]); });
+      unroll<P * PV>([&](auto v) { acc[n][v] = vf_fma(kv[v], qd, acc[n][v]); });
     });
   }
   unroll<N>([&](auto n) {
-    unroll<PV>([&](auto v) { vf_store(scores + n * kChunkTokens + v * L, acc[n][v]); });
+    unroll<P * PV>([&](auto v) { vf_store(scores + n * kChunkTokens + v * L, acc[n][v]); });
   });
 }
 
+// Adds the weighted values of a page; head_dim is a multiple of 16.
 template <int N>
 inline void page_values(const uint16_t* v, const uint8_t* next, const float* weights, uint32_t head_dim,
                         float* const* acc) {
-  constexpr int C = 16 / L;  // head_dim is a multiple of 16
-  for (uint32_t d = 0; d < head_dim; d += C * L) {
+  in_steps<together(N)>(0, head_dim / 16, [&]<int S>(uint32_t step) {
+    constexpr int C = S * 16 / L;
+    const uint32_t d = step * 16;
     VF a[N][C];
     unroll<N>([&](auto n) { unroll<C>([&](auto c) { a[n][c] = vf_load(acc[n] + d + c * L); }); });
     for (uint32_t t = 0; t < kPageTokens; ++t) {
-      if (t % 2 == 0) vb_prefetch(next + (d + t) * 32);
+      // The page has as many bytes as S * 32 for each turn of both loops.
+      for (int i = 0; i < S * 32; i += 64) vb_prefetch(next + d * 32 + t * S * 32 + i);
       VF vv[C];
       unroll<C>([&](auto c) { vv[c] = vf_from_f16(v + t * head_dim + d + c * L); });
       unroll<N>([&](auto n) {
@@ -297,7 +310,7 @@ inline void page_values(const uint16_t* v, const uint8_t* next, const float* wei
       });
     }
     unroll<N>([&](auto n) { unroll<C>([&](auto c) { vf_store(acc[n] + d + c * L, a[n][c]); }); });
-  }
+  });
 }
 
 // Calls f<N>(first) with N = NR, then once with what is left.
@@ -340,8 +353,11 @@ void attend(const AttnChunk& c) {
     const auto value_ahead = [&](uint32_t p) {
       return bytes(p + kAhead < last ? c.pages[p + kAhead] + v_at : c.next[p + kAhead - last]);
     };
-    for (uint32_t p = first; p < last; ++p)
-      page_scores<N>(c.pages[p], key_ahead(p), c.q + r, c.head_dim, scores + p * kPageTokens);
+    in_steps<together(N)>(first, last, [&]<int P>(uint32_t p) {
+      const uint8_t* next[P];
+      for (int i = 0; i < P; ++i) next[i] = key_ahead(p + i);
+      page_scores<N, P>(c.pages + p, next, c.q + r, c.head_dim, scores + p * kPageTokens);
+    });
     float max[N], sum[N];
     for (int n = 0; n < N; ++n) {
       float* s = scores + n * kChunkTokens;
