@@ -138,7 +138,9 @@ def test_a_cpu_without_avx2_is_told_so(host: Path, tmp_path: Path) -> None:
     forced = run(*old, env={"EDGERT_ISA": "scalar"})
     here = run(*old[3:], env={"EDGERT_ISA": "scalar"})
     assert len(forced) == 2 * tiny.spec.vocab_size * 4
-    assert np.allclose(np.frombuffer(forced, np.float32), np.frombuffer(here, np.float32), rtol=1e-5, atol=1e-5)
+    assert np.allclose(
+        np.frombuffer(forced, np.float32), np.frombuffer(here, np.float32), rtol=1e-5, atol=1e-5
+    )
 
 
 @arm
