@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <algorithm>
+#include <chrono>
 
 namespace edgert {
 namespace {
@@ -10,6 +11,17 @@ namespace {
 constexpr uint32_t kBarrierSpins = 2000;
 // Between two decode steps the caller samples; workers stay awake for about a millisecond.
 constexpr uint32_t kJobSpins = 40000;
+constexpr uint32_t kMostThreads = 255;
+// A job is disturbed when its threads slept for more than this share of it at barriers. Undisturbed
+// ones stay under 2 %, with one busy process on one of two CPUs it is 30 to 60 %.
+constexpr double kDisturbed = 0.15;
+constexpr uint32_t kFirstHold = 16, kLongestHold = 256;  // jobs
+constexpr uint32_t kCalm = 64;                            // undisturbed jobs that end the suspicion
+
+uint64_t now() {
+  return uint64_t(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                      std::chrono::steady_clock::now().time_since_epoch()).count());
+}
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -21,7 +33,8 @@ inline void pause() {
 
 }  // namespace
 
-Pool::Pool(uint32_t threads) : n_(std::max(1u, threads)), shares_(new Share[n_]), workers_(n_) {
+Pool::Pool(uint32_t threads)
+    : n_(std::clamp(threads, 1u, kMostThreads)), active_(n_), patience_(kFirstHold), shares_(new Share[n_]), workers_(n_) {
   for (uint32_t i = 0; i < n_; ++i) {
     workers_[i].pool_ = this;
     workers_[i].index_ = i;
@@ -30,8 +43,7 @@ Pool::Pool(uint32_t threads) : n_(std::max(1u, threads)), shares_(new Share[n_])
     for (uint32_t i = 1; i < n_; ++i) threads_.emplace_back([this, i] { thread_main(i); });
   } catch (...) {  // the OS refused a thread: stop those that run
     stop_ = true;
-    generation_.fetch_add(1);
-    generation_.notify_all();
+    start(0);
     for (auto& t : threads_) t.join();
     throw;
   }
@@ -39,25 +51,33 @@ Pool::Pool(uint32_t threads) : n_(std::max(1u, threads)), shares_(new Share[n_])
 
 Pool::~Pool() {
   stop_ = true;
-  generation_.fetch_add(1);
-  generation_.notify_all();
+  start(0);
   for (auto& t : threads_) t.join();
 }
 
-void Pool::wait_while(std::atomic<uint32_t>& a, uint32_t old, uint32_t spins) {
+uint64_t Pool::wait_while(std::atomic<uint32_t>& a, uint32_t old, uint32_t spins) {
   for (uint32_t i = 0; i < spins; ++i) {
-    if (a.load(std::memory_order_acquire) != old) return;
+    if (a.load(std::memory_order_acquire) != old) return 0;
     pause();
   }
+  const uint64_t begin = now();
   while (a.load(std::memory_order_acquire) == old) a.wait(old, std::memory_order_acquire);
+  return now() - begin;
+}
+
+void Pool::start(uint32_t active) {
+  const uint32_t job = (generation_.load(std::memory_order_relaxed) >> 8) + 1;
+  generation_.store(job << 8 | active, std::memory_order_release);
+  generation_.notify_all();
 }
 
 void Pool::thread_main(uint32_t index) {
   uint32_t seen = 0;
   for (;;) {
     wait_while(generation_, seen, kJobSpins);
-    ++seen;
+    seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
+    if (index >= (seen & 255)) continue;  // not this job
     (*job_)(workers_[index]);
     workers_[index].barrier();
   }
@@ -65,16 +85,33 @@ void Pool::thread_main(uint32_t index) {
 
 void Pool::run(const std::function<void(Worker&)>& job) {
   job_ = &job;
-  if (n_ > 1) {
-    generation_.fetch_add(1, std::memory_order_release);
-    generation_.notify_all();
-  }
+  slept_.store(0, std::memory_order_relaxed);
+  for (uint32_t i = 1; i < active_; ++i) workers_[i].phase_ = workers_[0].phase_;
+  const uint64_t begin = now();
+  if (active_ > 1) start(active_);
   job(workers_[0]);
   workers_[0].barrier();
+  if (n_ > 1) judge(now() - begin);
+}
+
+void Pool::judge(uint64_t nanoseconds) {
+  const double share = double(slept_.load(std::memory_order_relaxed)) / (double(nanoseconds) * active_);
+  if (active_ > 1 && share > kDisturbed) {
+    --active_;
+    hold_ = patience_;
+    patience_ = std::min(2 * patience_, kLongestHold);
+    good_ = 0;
+  } else if (hold_ > 0) {
+    --hold_;
+  } else if (active_ < n_) {
+    ++active_;
+  } else if (++good_ == kCalm) {
+    patience_ = kFirstHold;
+  }
 }
 
 bool Pool::Worker::claim(uint32_t items, uint32_t& begin, uint32_t& end) {
-  const uint32_t n = pool_->n_;
+  const uint32_t n = pool_->active_;
   for (; victim_ < n; ++victim_) {
     const uint32_t owner = (index_ + victim_) % n;
     const uint32_t lo = uint32_t(uint64_t(items) * owner / n), hi = uint32_t(uint64_t(items) * (owner + 1) / n);
@@ -100,14 +137,16 @@ void Pool::Worker::barrier() {
   Pool& p = *pool_;
   ++phase_;
   victim_ = 0;
-  if (p.n_ == 1) return;
+  const uint32_t n = p.active_;  // before arriving: the caller may change it once all have
+  if (n == 1) return;
   const uint32_t round = p.released_.load(std::memory_order_relaxed);
-  if (p.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == p.n_) {
+  if (p.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n) {
     p.arrived_.store(0, std::memory_order_relaxed);
     p.released_.store(round + 1, std::memory_order_release);
     p.released_.notify_all();
   } else {
-    wait_while(p.released_, round, kBarrierSpins);
+    if (const uint64_t slept = wait_while(p.released_, round, kBarrierSpins))
+      p.slept_.fetch_add(slept, std::memory_order_relaxed);
   }
 }
 

@@ -5,6 +5,10 @@
 // shares of others, so that a thread the OS has put aside delays a phase by one piece at most.
 // Waiting spins for a few microseconds and then sleeps: a waiting thread must not keep the CPU from
 // the one it waits for when there are more threads than CPUs.
+//
+// When another process takes a CPU, every barrier waits for the thread that shares it, and two
+// threads are slower than one. A job that slept through much of its time therefore makes the next
+// ones run on a thread fewer; after a while the full number is tried again.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -32,7 +36,7 @@ class Pool {
   class Worker {
    public:
     uint32_t index() const { return index_; }
-    uint32_t threads() const { return pool_->n_; }
+    uint32_t threads() const { return pool_->active_; }  // that run this job
 
     // The next piece [begin, end) of this phase's `items`; false when there is none left.
     bool claim(uint32_t items, uint32_t& begin, uint32_t& end);
@@ -53,16 +57,24 @@ class Pool {
   };
 
   void thread_main(uint32_t index);
-  static void wait_while(std::atomic<uint32_t>& a, uint32_t old, uint32_t spins);
+  // Returns the nanoseconds slept.
+  static uint64_t wait_while(std::atomic<uint32_t>& a, uint32_t old, uint32_t spins);
+  void start(uint32_t active);
+  void judge(uint64_t nanoseconds);
 
   uint32_t n_;
+  uint32_t active_;        // threads of the present job
+  uint32_t hold_ = 0;      // jobs until a thread more is tried
+  uint32_t patience_;      // the next hold
+  uint32_t good_ = 0;      // undisturbed jobs in a row
   std::unique_ptr<Share[]> shares_;
   std::vector<Worker> workers_;
   std::vector<std::thread> threads_;
   const std::function<void(Worker&)>* job_ = nullptr;
-  alignas(128) std::atomic<uint32_t> generation_{0};  // one more for each job
+  alignas(128) std::atomic<uint32_t> generation_{0};  // number of the job << 8 | threads that run it
   alignas(128) std::atomic<uint32_t> arrived_{0};
   alignas(128) std::atomic<uint32_t> released_{0};    // one more for each barrier
+  alignas(128) std::atomic<uint64_t> slept_{0};       // nanoseconds, at the barriers of this job
   std::atomic<bool> stop_{false};
 };
 
