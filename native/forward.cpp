@@ -160,9 +160,9 @@ struct Decoder::Pass {
     rotate(key, layer, i);
     // Finite whatever happens: a weight of 0 times infinity would be NaN in later tokens.
     const auto half = [](float f) { return float_to_half(std::clamp(f, -65504.0f, 65504.0f)); };
-    uint16_t* page = cache.page(layer, head, pos / kPageTokens);
-    for (uint32_t c = 0; c < hd; ++c) page[c * kPageTokens + slot] = half(key[c]);
-    uint16_t* value = page + size_t(hd) * kPageTokens + size_t(slot) * hd;
+    uint16_t* keys = cache.keys(layer, head, pos / kPageTokens);
+    for (uint32_t c = 0; c < hd; ++c) keys[c * kPageTokens + slot] = half(key[c]);
+    uint16_t* value = cache.values(layer, head, pos / kPageTokens) + size_t(slot) * hd;
     for (uint32_t c = 0; c < hd; ++c) value[c] = half(sc.v[at + c]);
   }
 
@@ -191,7 +191,7 @@ struct Decoder::Pass {
 
   void attend_chunk(uint32_t layer, uint32_t kv_head, uint32_t chunk, const Rows& r) const {
     const uint32_t window = s.layers[layer].window, base = chunk * kChunkTokens;
-    const uint16_t* pages[kChunkPages];
+    const uint16_t *keys[kChunkPages], *values[kChunkPages];
     uint32_t lo[kRowsAtOnce], hi[kRowsAtOnce];
     uint32_t first = kChunkTokens, last = 0;
     for (uint32_t i = 0; i < r.count; ++i) {
@@ -201,20 +201,11 @@ struct Decoder::Pass {
       if (lo[i] < hi[i]) first = std::min(first, lo[i]), last = std::max(last, hi[i]);
     }
     if (first >= last) return;
-    for (uint32_t p = first / kPageTokens; p < (last + kPageTokens - 1) / kPageTokens; ++p)
-      pages[p] = cache.page(layer, kv_head, base / kPageTokens + p);
-    // Next comes the following chunk of this head or, after the last, the output projection.
-    const PackedMatrix& out = d.weights_.layers[layer].output;
-    const uint8_t* share = out.tile(out.tiles() * w.index() / w.threads());
-    const void* next[kAhead];
-    for (uint32_t i = 0; i < kAhead; ++i) {
-      const uint32_t p = base / kPageTokens + kChunkPages + i;
-      if (p * kPageTokens < start + n)
-        next[i] = cache.page(layer, kv_head, p);
-      else
-        next[i] = share + std::min<size_t>(i * 32 * s.head_dim, out.stride);
+    for (uint32_t p = first / kPageTokens; p < (last + kPageTokens - 1) / kPageTokens; ++p) {
+      keys[p] = cache.keys(layer, kv_head, base / kPageTokens + p);
+      values[p] = cache.values(layer, kv_head, base / kPageTokens + p);
     }
-    k.attend({r.q, pages, next, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
+    k.attend({r.q, keys, values, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
   }
 
   void finish_rows(const Rows& r) const {
@@ -277,15 +268,15 @@ struct Decoder::Pass {
     return {first, chunks, parts, rows, kv * parts * chunks};
   }
 
-  // The first pages of this thread's share of attend_one().
-  void fetch_first_pages(uint32_t layer) const {
+  // The first keys of this thread's share of attend_one().
+  void fetch_first_keys(uint32_t layer) const {
     if (!one) return;
     const Cut c = cut(layer);
     const uint32_t item = c.items * w.index() / w.threads(), window = s.layers[layer].window, end = start + 1;
     const uint32_t low = window && end > window ? end - window : 0;
-    uint32_t page = std::max(low, (c.first + item % c.chunks) * kChunkTokens) / kPageTokens;
-    for (uint32_t i = 0; i < kAhead && page * kPageTokens < end; ++i, ++page)
-      fetch(cache.page(layer, item / (c.chunks * c.parts), page), 32 * s.head_dim);
+    const uint32_t page = std::max(low, (c.first + item % c.chunks) * kChunkTokens) / kPageTokens;
+    const size_t pages = std::min(kChunkPages - page % kChunkPages, (end - 1) / kPageTokens + 1 - page);
+    fetch(cache.keys(layer, item / (c.chunks * c.parts), page), std::min(kFetchAhead, pages * 32 * s.head_dim));
   }
 
   void attend_one(uint32_t layer) {
@@ -360,7 +351,7 @@ struct Decoder::Pass {
     }
     w.barrier();
     prepare_heads(layer);
-    fetch_first_pages(layer);
+    fetch_first_keys(layer);
     w.barrier();
     if (one)
       attend_one(layer);

@@ -35,15 +35,12 @@ inline constexpr uint32_t kPageTokens = 16;
 inline constexpr uint32_t kChunkPages = 16;
 inline constexpr uint32_t kChunkTokens = kPageTokens * kChunkPages;
 
-// Pages from the one being read to the one being fetched: at 25 GB/s and about 120 ns to memory it
-// takes some 3 KB in flight a core; a few pages of 2 KB ride out the rest (measured: 2 pages 9 GB/s
-// a core, 6 pages 15).
-inline constexpr uint32_t kAhead = 6;
-
 struct AttnChunk {
   const float* const* q;         // [rows] pointers to head_dim floats, already scaled and rotated
-  const uint16_t* const* pages;  // [kChunkPages] K [head_dim][16], then V [16][head_dim], f16
-  const void* const* next;       // [kAhead] what will be read after this chunk, fetched on the way
+  // [kChunkPages] the pages of the chunk, f16; those with no visible token are not looked at. Pages
+  // that follow each other in memory are read as one stream, which is what memory is fastest at.
+  const uint16_t* const* keys;    // -> [head_dim][16]
+  const uint16_t* const* values;  // -> [16][head_dim]
   const uint32_t* lo;            // [rows] first visible token, relative to the chunk
   const uint32_t* hi;            // [rows] one past the last; lo == hi: the row skips the chunk
   uint32_t rows, head_dim;

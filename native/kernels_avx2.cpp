@@ -88,7 +88,6 @@ inline VB vb_lookup(const int8_t* table, VB i) {
   const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), i.v)};
 }
-inline void vb_prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 inline __m256i quad(const int8_t* a) {
   int32_t v;

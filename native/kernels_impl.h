@@ -260,53 +260,59 @@ void gate_silu(const float* gate, const float* up, uint32_t n, float* y) { gated
 void gate_gelu(const float* gate, const float* up, uint32_t n, float* y) { gated<gelu>(gate, up, n, y); }
 
 constexpr int PV = kPageTokens / L;  // vectors across the tokens of a page
+constexpr int kRegisters = L == 16 ? 32 : 16;
 
-// With few query rows one page at a time is a short chain of dependent multiply-adds and one stream of
-// memory. So several pages (or stretches of head_dim) are taken together, as many as the registers
-// hold: accumulators, one row's worth of keys, one broadcast.
-constexpr int together(int rows) {
-  constexpr int registers = L == 16 ? 32 : 16;
-  const auto fit = [=](int pages) { return (rows + 1) * pages * PV + 1 <= registers; };
-  return fit(4) ? 4 : fit(2) ? 2 : 1;
-}
-
-// Scores of P pages; `next` is fetched on the way.
-template <int N, int P>
-inline void page_scores(const uint16_t* const* pages, const uint8_t* const* next, const float* const* q,
-                        uint32_t head_dim, float* scores) {
-  VF acc[N][P * PV];
-  unroll<N>([&](auto n) { unroll<P * PV>([&](auto v) { acc[n][v] = vf_zero(); }); });
-  for (uint32_t d = 0; d < head_dim; ++d) {
-    if (d % 2 == 0) unroll<P>([&](auto p) { vb_prefetch(next[p] + d * 32); });
-    VF kv[P * PV];
-    unroll<P * PV>([&](auto v) { kv[v] = vf_from_f16(pages[v / PV] + d * kPageTokens + v % PV * L); });
+// A score is the sum over even channels plus the sum over odd ones, whatever N: with few query rows
+// both are taken on one way through the page, since a single chain of dependent multiply-adds would
+// wait for itself; with many rows, whose sums fill the registers, on two ways. Pages are read one
+// after the other: two at a time are two streams, which memory delivers at half the speed.
+template <int N>
+inline void page_scores(const uint16_t* keys, const float* const* q, uint32_t head_dim, float* scores) {
+  constexpr int P = 2 * N * PV + PV + 1 <= kRegisters ? 2 : 1;  // parities at once
+  VF even[N][PV];
+  for (uint32_t first = 0; first < 2; first += P) {
+    VF acc[P][N][PV];
+    unroll<P>([&](auto p) { unroll<N>([&](auto n) { unroll<PV>([&](auto v) { acc[p][n][v] = vf_zero(); }); }); });
+    for (uint32_t d = first; d < head_dim; d += 2)
+      unroll<P>([&](auto p) {
+        VF k[PV];
+        unroll<PV>([&](auto v) { k[v] = vf_from_f16(keys + (d + p) * kPageTokens + v * L); });
+        unroll<N>([&](auto n) {
+          const VF qd = vf_set1(q[n][d + p]);
+          unroll<PV>([&](auto v) { acc[p][n][v] = vf_fma(k[v], qd, acc[p][n][v]); });
+        });
+      });
     unroll<N>([&](auto n) {
-      const VF qd = vf_set1(q[n][d]);
-      unroll<P * PV>([&](auto v) { acc[n][v] = vf_fma(kv[v], qd, acc[n][v]); });
+      unroll<PV>([&](auto v) {
+        if (P == 1 && first == 0)
+          even[n][v] = acc[0][n][v];
+        else
+          vf_store(scores + n * kChunkTokens + v * L, vf_add(P == 2 ? acc[0][n][v] : even[n][v], acc[P - 1][n][v]));
+      });
     });
   }
-  unroll<N>([&](auto n) {
-    unroll<P * PV>([&](auto v) { vf_store(scores + n * kChunkTokens + v * L, acc[n][v]); });
-  });
+}
+
+// Stretches of 16 values taken at once: as many as the registers hold accumulators for.
+constexpr int stretches(int rows) {
+  const auto fit = [=](int s) { return rows * s * 16 / L + (rows < s * 16 / L ? rows : s * 16 / L) + 1 <= kRegisters; };
+  return fit(4) ? 4 : fit(2) ? 2 : 1;
 }
 
 // Adds the weighted values of a page; head_dim is a multiple of 16.
 template <int N>
-inline void page_values(const uint16_t* v, const uint8_t* next, const float* weights, uint32_t head_dim,
-                        float* const* acc) {
-  in_steps<together(N)>(0, head_dim / 16, [&]<int S>(uint32_t step) {
+inline void page_values(const uint16_t* v, const float* weights, uint32_t head_dim, float* const* acc) {
+  in_steps<stretches(N)>(0, head_dim / 16, [&]<int S>(uint32_t step) {
     constexpr int C = S * 16 / L;
     const uint32_t d = step * 16;
     VF a[N][C];
     unroll<N>([&](auto n) { unroll<C>([&](auto c) { a[n][c] = vf_load(acc[n] + d + c * L); }); });
     for (uint32_t t = 0; t < kPageTokens; ++t) {
-      // The page has as many bytes as S * 32 for each turn of both loops.
-      for (int i = 0; i < S * 32; i += 64) vb_prefetch(next + d * 32 + t * S * 32 + i);
-      VF vv[C];
-      unroll<C>([&](auto c) { vv[c] = vf_from_f16(v + t * head_dim + d + c * L); });
-      unroll<N>([&](auto n) {
-        const VF w = vf_set1(weights[n * kChunkTokens + t]);
-        unroll<C>([&](auto c) { a[n][c] = vf_fma(vv[c], w, a[n][c]); });
+      VF w[N];
+      unroll<N>([&](auto n) { w[n] = vf_set1(weights[n * kChunkTokens + t]); });
+      unroll<C>([&](auto c) {
+        const VF vv = vf_from_f16(v + t * head_dim + d + c * L);
+        unroll<N>([&](auto n) { a[n][c] = vf_fma(vv, w[n], a[n][c]); });
       });
     }
     unroll<N>([&](auto n) { unroll<C>([&](auto c) { vf_store(acc[n] + d + c * L, a[n][c]); }); });
@@ -344,20 +350,8 @@ void attend(const AttnChunk& c) {
     if (lo >= hi) return;
     const uint32_t first = lo / kPageTokens, last = (hi + kPageTokens - 1) / kPageTokens;
     float* scores = c.scores;
-    const size_t v_at = size_t(c.head_dim) * kPageTokens;
-    // Each page read fetches one that is kAhead pages on: keys, then values, then what comes next.
-    const auto bytes = [](const void* x) { return static_cast<const uint8_t*>(x); };
-    const auto key_ahead = [&](uint32_t p) {
-      return bytes(p + kAhead < last ? c.pages[p + kAhead] : c.pages[std::min(first + p + kAhead - last, last - 1)] + v_at);
-    };
-    const auto value_ahead = [&](uint32_t p) {
-      return bytes(p + kAhead < last ? c.pages[p + kAhead] + v_at : c.next[p + kAhead - last]);
-    };
-    in_steps<together(N)>(first, last, [&]<int P>(uint32_t p) {
-      const uint8_t* next[P];
-      for (int i = 0; i < P; ++i) next[i] = key_ahead(p + i);
-      page_scores<N, P>(c.pages + p, next, c.q + r, c.head_dim, scores + p * kPageTokens);
-    });
+    for (uint32_t p = first; p < last; ++p)
+      page_scores<N>(c.keys[p], c.q + r, c.head_dim, scores + p * kPageTokens);
     float max[N], sum[N];
     for (int n = 0; n < N; ++n) {
       float* s = scores + n * kChunkTokens;
@@ -383,7 +377,7 @@ void attend(const AttnChunk& c) {
       std::memset(acc[n], 0, c.head_dim * sizeof(float));
     }
     for (uint32_t p = first; p < last; ++p)
-      page_values<N>(c.pages[p] + v_at, value_ahead(p), scores + p * kPageTokens, c.head_dim, accp);
+      page_values<N>(c.values[p], scores + p * kPageTokens, c.head_dim, accp);
     for (int n = 0; n < N; ++n) {
       if (c.lo[r + n] >= c.hi[r + n]) continue;
       if (c.sum[r + n] == 0) {  // first chunk this row sees

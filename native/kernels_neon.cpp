@@ -100,7 +100,6 @@ inline VB vb_lookup(const int8_t* table, VB i) {
   const int8x16_t t = vld1q_s8(table);
   return {vreinterpretq_u8_s8(vqtbl1q_s8(t, i.a)), vreinterpretq_u8_s8(vqtbl1q_s8(t, i.b))};
 }
-inline void vb_prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
 
 // Codes of at most 7 bits are as good signed as unsigned: one instruction serves all.
 struct DotSigned {

@@ -87,7 +87,6 @@ inline VB vb_or(VB a, VB b) { return each_byte([&](int i) { return a.v[i] | b.v[
 inline VB vb_shr(VB a, int n) { return each_byte([&](int i) { return a.v[i] >> n; }); }
 inline VB vb_shl(VB a, int n) { return each_byte([&](int i) { return a.v[i] << n; }); }
 inline VB vb_lookup(const int8_t* table, VB x) { return each_byte([&](int i) { return table[x.v[i]]; }); }
-inline void vb_prefetch(const void*) {}
 
 template <class Code>
 struct DotScalar {

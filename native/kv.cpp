@@ -9,12 +9,14 @@ namespace edgert {
 namespace {
 
 constexpr size_t kSlab = size_t(4) << 20;
-constexpr uint32_t kMagic = 0x564b4545;  // "EEKV"
+constexpr uint32_t kMagic = 0x324b4545;  // "EEK2"
+
+uint32_t chunks(uint32_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
 
 }  // namespace
 
 KvCache::KvCache(const ModelSpec& spec, uint32_t context)
-    : context_(context), dim_(spec.dim), page_bytes_(size_t(2) * 2 * kPageTokens * spec.head_dim) {
+    : context_(context), dim_(spec.dim), page_(sizeof(uint16_t) * kPageTokens * spec.head_dim), half_(kChunkPages * page_) {
   if (context == 0) throw EngineError("a session needs a context of at least 1 token");
   uint32_t convs = 0;
   for (const LayerSpec& l : spec.layers) {
@@ -29,14 +31,13 @@ KvCache::KvCache(const ModelSpec& spec, uint32_t context)
       if (i == classes_.size()) {
         Class c;
         c.window = l.window;
-        if (l.window && l.window < context)
-          c.ring = (l.window + kMaxChunk + kPageTokens - 1) / kPageTokens + 1;
+        if (l.window && l.window < context) c.ring = chunks(l.window + kMaxChunk) + 1;
         classes_.push_back(std::move(c));
       }
       p.cls = i;
-      p.offset = classes_[i].group_bytes;
+      p.offset = classes_[i].piece_bytes;
       p.kv_heads = l.n_kv_heads;
-      classes_[i].group_bytes += page_bytes_ * l.n_kv_heads;
+      classes_[i].piece_bytes += 2 * half_ * l.n_kv_heads;
     }
     places_.push_back(p);
   }
@@ -51,19 +52,18 @@ size_t KvCache::bytes() const {
   return n;
 }
 
-size_t KvCache::groups_needed(const Class& c, uint32_t length) const {
-  const size_t n = (size_t(length) + kPageTokens - 1) / kPageTokens;
-  return c.ring ? std::min<size_t>(n, c.ring) : n;
+size_t KvCache::pieces_needed(const Class& c, uint32_t length) const {
+  return c.ring ? std::min(chunks(length), c.ring) : chunks(length);
 }
 
-void KvCache::grow(Class& c, size_t groups) {
-  while (c.groups.size() < groups) {
-    if (c.slabs.empty() || c.slab_used + c.group_bytes > c.slabs.back().bytes()) {
-      c.slabs.emplace_back(std::max(kSlab, c.group_bytes), "the KV cache");
+void KvCache::grow(Class& c, size_t pieces) {
+  while (c.pieces.size() < pieces) {
+    if (c.slabs.empty() || c.slab_used + c.piece_bytes > c.slabs.back().bytes()) {
+      c.slabs.emplace_back(std::max(kSlab, c.piece_bytes), "the KV cache");
       c.slab_used = 0;
     }
-    c.groups.push_back(c.slabs.back().data() + c.slab_used);
-    c.slab_used += c.group_bytes;
+    c.pieces.push_back(c.slabs.back().data() + c.slab_used);
+    c.slab_used += c.piece_bytes;
   }
 }
 
@@ -71,7 +71,7 @@ void KvCache::reserve(uint32_t length) {
   if (length > context_)
     throw EngineError("the sequence would be " + std::to_string(length) + " tokens, the context holds " +
                       std::to_string(context_) + ": shorten the prompt or load with a larger context");
-  for (Class& c : classes_) grow(c, groups_needed(c, length));
+  for (Class& c : classes_) grow(c, pieces_needed(c, length));
 }
 
 void KvCache::set_length(uint32_t length) {
@@ -84,9 +84,8 @@ uint32_t KvCache::rewind(uint32_t length) {
   bool lost = false;
   for (const Class& c : classes_) {
     if (!c.ring) continue;
-    // The ring's oldest page may be partly overwritten by the newest.
-    const uint32_t pages = (high_ + kPageTokens - 1) / kPageTokens;
-    const uint32_t oldest = pages > c.ring ? (pages - c.ring) * kPageTokens : 0;
+    // The ring's oldest piece may be partly overwritten by the newest.
+    const uint32_t oldest = chunks(high_) > c.ring ? (chunks(high_) - c.ring) * kChunkTokens : 0;
     const uint32_t needed = length >= c.window ? length - c.window + 1 : 0;
     lost |= needed < oldest;
   }
@@ -100,21 +99,30 @@ size_t KvCache::step_bytes() const {
   size_t n = 0;
   for (const Class& c : classes_) {
     const uint32_t seen = c.window ? std::min(c.window, length_) : length_;
-    n += c.group_bytes / kPageTokens * seen;
+    n += c.piece_bytes / kChunkTokens * seen;
   }
   return n;
+}
+
+template <class F>
+void KvCache::for_used(const Class& c, uint32_t length, F&& f) const {
+  const size_t n = pieces_needed(c, length);
+  for (size_t i = 0; i < n; ++i) {
+    const size_t left = (length - i * kChunkTokens + kPageTokens - 1) / kPageTokens;
+    const size_t used = std::min<size_t>(left, kChunkPages) * page_;
+    for (size_t at = 0; at < c.piece_bytes; at += half_) f(c.pieces[i] + at, used);
+  }
 }
 
 std::string KvCache::save() const {
   std::string out;
   const auto put = [&](const void* p, size_t n) { out.append(static_cast<const char*>(p), n); };
-  const uint64_t head[] = {kMagic, length_, high_, classes_.size(), page_bytes_, conv_buffer_.bytes()};
+  const uint64_t head[] = {kMagic, length_, high_, classes_.size(), page_, conv_buffer_.bytes()};
   put(head, sizeof head);
   for (const Class& c : classes_) {
-    const uint64_t n = groups_needed(c, high_);
-    const uint64_t shape[] = {c.window, c.ring, c.group_bytes, n};
+    const uint64_t shape[] = {c.window, c.ring, c.piece_bytes, pieces_needed(c, high_)};
     put(shape, sizeof shape);
-    for (uint64_t i = 0; i < n; ++i) put(c.groups[i], c.group_bytes);
+    for_used(c, high_, put);
   }
   if (conv_) put(conv_, conv_buffer_.bytes());
   return out;
@@ -130,7 +138,7 @@ void KvCache::load(const std::string& state) {
   uint64_t head[6];
   get(head, sizeof head);
   if (head[0] != kMagic) throw EngineError("not a saved session of the native engine");
-  if (head[3] != classes_.size() || head[4] != page_bytes_ || head[5] != conv_buffer_.bytes())
+  if (head[3] != classes_.size() || head[4] != page_ || head[5] != conv_buffer_.bytes())
     throw EngineError("the saved session is of another model");
   if (head[1] > head[2] || head[2] > context_)
     throw EngineError("the saved session holds " + std::to_string(head[2]) + " tokens, the context " +
@@ -139,11 +147,11 @@ void KvCache::load(const std::string& state) {
   for (Class& c : classes_) {
     uint64_t shape[4];
     get(shape, sizeof shape);
-    const uint64_t groups = groups_needed(c, uint32_t(head[2]));
-    if (shape[0] != c.window || shape[1] != c.ring || shape[2] != c.group_bytes || shape[3] != groups)
+    const uint64_t pieces = pieces_needed(c, uint32_t(head[2]));
+    if (shape[0] != c.window || shape[1] != c.ring || shape[2] != c.piece_bytes || shape[3] != pieces)
       throw EngineError("the saved session is of another model or of another context length");
-    grow(c, groups);
-    for (uint64_t i = 0; i < groups; ++i) get(c.groups[i], c.group_bytes);
+    grow(c, pieces);
+    for_used(c, uint32_t(head[2]), get);
   }
   if (conv_) get(conv_, conv_buffer_.bytes());
   if (at != state.size()) throw EngineError("the saved session is longer than it says");

@@ -1,13 +1,16 @@
 // The KV cache of one sequence.
 //
-// A page is 16 tokens of one layer and KV head: K [head_dim][16], then V [16][head_dim], f16, keys
+// A page is 16 tokens of one layer and KV head: K [head_dim][16] and V [16][head_dim], f16, keys
 // after rope. K is stored channel by channel so that a vector holds one channel of several tokens:
-// the score of each token is then summed in channel order, without horizontal sums, whatever the
-// vector width. The pages of one 16-token stretch of all layers lie together (a group), so that the
-// stretch can be moved in one piece. Groups are allocated as the sequence grows.
+// no horizontal sums, and a score is summed in the same order whatever the vector width.
 //
-// Layers with a window share a ring of groups that holds the window, one prefill chunk and a little
-// slack for rewinding. Convolution layers keep the last inputs of each channel in a ring.
+// The 16 pages of a chunk (256 positions) of one layer and KV head lie together: all K, then all V.
+// So attention reads two long stretches of memory, which a core's prefetcher can follow; single
+// pages in turn gave half the speed. The chunks of all layers whose pages live and die together are
+// one piece of memory; pieces are allocated as the sequence grows.
+//
+// Layers with a window share a ring of pieces that holds the window, one pass and some slack for
+// rewinding. Convolution layers keep the last inputs of each channel in a ring.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -41,11 +44,15 @@ class KvCache {
   uint32_t rewind(uint32_t length);
 
   // Page `index` (position / 16) of an attention layer's KV head.
-  uint16_t* page(uint32_t layer, uint32_t kv_head, uint32_t index) const {
+  uint16_t* keys(uint32_t layer, uint32_t kv_head, uint32_t index) const {
     const Place& p = places_[layer];
     const Class& c = classes_[p.cls];
-    const uint32_t slot = c.ring ? index % c.ring : index;
-    return reinterpret_cast<uint16_t*>(c.groups[slot] + p.offset + kv_head * page_bytes_);
+    const uint32_t chunk = index / kChunkPages;
+    uint8_t* piece = c.pieces[c.ring ? chunk % c.ring : chunk];
+    return reinterpret_cast<uint16_t*>(piece + p.offset + 2 * kv_head * half_ + index % kChunkPages * page_);
+  }
+  uint16_t* values(uint32_t layer, uint32_t kv_head, uint32_t index) const {
+    return keys(layer, kv_head, index) + half_ / sizeof(uint16_t);
   }
   // Inputs of convolution layer `layer` at `position`: dim floats.
   float* conv_input(uint32_t layer, uint32_t position) const {
@@ -61,23 +68,27 @@ class KvCache {
  private:
   struct Class {  // layers whose pages live and die together
     uint32_t window = 0;
-    uint32_t ring = 0;  // groups in the ring; 0: one group for every 16 positions
-    size_t group_bytes = 0;
-    std::vector<uint8_t*> groups;
+    uint32_t ring = 0;  // pieces in the ring; 0: one piece for every chunk
+    size_t piece_bytes = 0;
+    std::vector<uint8_t*> pieces;
     std::vector<Buffer> slabs;
     size_t slab_used = 0;
   };
   struct Place {
     uint32_t cls = 0;
-    size_t offset = 0;  // in the group; for a convolution its number
+    size_t offset = 0;  // in the piece; for a convolution its number
     bool conv = false;
     uint32_t kv_heads = 0;
   };
-  void grow(Class& c, size_t groups);
-  size_t groups_needed(const Class& c, uint32_t length) const;
+  void grow(Class& c, size_t pieces);
+  size_t pieces_needed(const Class& c, uint32_t length) const;
+  // Calls f(pointer, bytes) for the used parts of the class's pieces when `length` is the highest position.
+  template <class F>
+  void for_used(const Class& c, uint32_t length, F&& f) const;
 
   uint32_t context_, dim_, conv_reach_ = 0;
-  size_t page_bytes_;
+  size_t page_;  // bytes of a page's K, and of its V
+  size_t half_;  // bytes of a chunk's K, and of its V
   uint32_t length_ = 0;
   uint32_t high_ = 0;  // one past the highest position written since the cache was empty
   std::vector<Class> classes_;

@@ -248,16 +248,18 @@ void test_attention(const Kernels& k, uint32_t head_dim, uint32_t rows) {
   }
   for (uint32_t chunk = 0; chunk < 2; ++chunk) {
     const uint32_t base = chunk * kChunkTokens;
-    std::vector<const uint16_t*> pages(kChunkPages);
-    for (uint32_t p = 0; p < kChunkPages; ++p) pages[p] = cache.data() + (chunk * kChunkPages + p) * page_values;
+    std::vector<const uint16_t*> keys(kChunkPages), values(kChunkPages);
+    for (uint32_t p = 0; p < kChunkPages; ++p) {
+      keys[p] = cache.data() + (chunk * kChunkPages + p) * page_values;
+      values[p] = keys[p] + page_values / 2;
+    }
     std::vector<uint32_t> lo(rows), hi(rows);
     for (uint32_t r = 0; r < rows; ++r) {
       lo[r] = std::min(std::max(begin[r], base) - base, kChunkTokens);
       hi[r] = std::min(std::max(end[r], base) - base, kChunkTokens);
     }
-    const std::vector<const void*> next(kAhead, cache.data());
-    k.attend({qs.data(), pages.data(), next.data(), lo.data(), hi.data(), rows, head_dim, scores.data(), accs.data(), max.data(),
-              sum.data()});
+    k.attend({qs.data(), keys.data(), values.data(), lo.data(), hi.data(), rows, head_dim, scores.data(), accs.data(),
+              max.data(), sum.data()});
   }
   for (uint32_t r = 0; r < rows; ++r) {
     std::vector<double> out(head_dim, 0.0);
