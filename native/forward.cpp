@@ -36,7 +36,10 @@ struct Decoder::Pass {
   float* x = one ? me.x : sc.x;
   Input in = one ? me.in : sc.in;
 
-  void set_cols(uint32_t cols) { in.q.cols = cols; }
+  void set_cols(uint32_t cols, uint32_t parts = 1) {
+    in.q.cols = cols;
+    in.q.parts = parts;
+  }
 
   // Calls f(token) for this thread's tokens; a single token is everybody's.
   template <class F>
@@ -80,8 +83,8 @@ struct Decoder::Pass {
   }
 
   // Adds the last block's output to the residual stream and makes the next block's input.
-  void enter(bool add, const float* post_norm, const float* norm, bool quant) {
-    set_cols(s.dim);
+  void enter(bool add, const float* post_norm, const float* norm, bool quant, uint32_t parts = 1) {
+    set_cols(s.dim, parts);
     for_tokens([&](uint32_t i) {
       float* xi = x + size_t(i) * s.dim;
       if (add) {
@@ -428,8 +431,8 @@ struct Decoder::Pass {
   }
 
   // Logits of tokens [first, first + count), count at most kHeadTokens. With a quantised head the
-  // input is coded twice, value and remainder (15 bits together): in decode the second code is free,
-  // since the head waits for memory, and it takes the activation noise out of the logits.
+  // input is coded in two parts: in decode the second is free, since the head waits for memory, and it
+  // takes the activation noise out of the logits.
   void head(uint32_t first, uint32_t count, float* out) {
     const PackedMatrix& m = d.weights_.head;
     const bool quant = quantised(m);
@@ -438,11 +441,7 @@ struct Decoder::Pass {
     for (uint32_t i = 0; i < count; ++i) {
       float* h = me.tmp + size_t(i) * s.dim;
       k.rmsnorm(x + size_t(first + i) * s.dim, d.weights_.output_norm, s.norm_eps, s.dim, h);
-      if (!quant) continue;
-      const QuantActs coarse = acts.token(2 * i);
-      k.quantize(h, coarse);
-      for (uint32_t c = 0; c < s.dim; ++c) h[c] -= coarse.scale[c / 32] * float(coarse.q[c]);
-      k.quantize(h, acts.token(2 * i + 1));
+      if (quant) k.quantize(h, acts.token(i));
     }
     const uint32_t lanes = m.tile_rows;
     uint32_t b, e;
@@ -450,14 +449,11 @@ struct Decoder::Pass {
       for (uint32_t t = b; t < e; ++t) {
         const uint32_t rows = std::min(lanes, m.rows - t * lanes);
         if (quant)
-          k.matmul(m, t, t + 1, acts, 2 * count, me.tile, lanes);
+          k.matmul(m, t, t + 1, acts, count, me.tile, lanes);
         else
           k.matmul_float(m, t, t + 1, me.tmp, count, me.tile, lanes);
-        for (uint32_t i = 0; i < count; ++i) {
-          float* dst = out + size_t(i) * m.rows + size_t(t) * lanes;
-          const float* y = me.tile + size_t(quant ? 2 * i : i) * lanes;
-          for (uint32_t r = 0; r < rows; ++r) dst[r] = quant ? y[r] + y[lanes + r] : y[r];
-        }
+        for (uint32_t i = 0; i < count; ++i)
+          std::memcpy(out + size_t(i) * m.rows + size_t(t) * lanes, me.tile + size_t(i) * lanes, rows * sizeof(float));
       }
     w.barrier();
   }
@@ -469,7 +465,9 @@ struct Decoder::Pass {
     for (uint32_t i = 0; i < s.layers.size(); ++i) {
       const LayerWeights& l = d.weights_.layers[i];
       const bool conv = s.layers[i].conv;
-      enter(i > 0, post, l.attn_norm, quantised(l.q) || (!conv && (quantised(l.k) || quantised(l.v))));
+      // Attention's input in two parts: of all roundings of activations those in front of the softmax cost
+      // the distribution of the next token most (docs/kernel-log.md), and q, k and v are small matrices.
+      enter(i > 0, post, l.attn_norm, quantised(l.q) || (!conv && (quantised(l.k) || quantised(l.v))), conv ? 1 : 2);
       if (conv)
         convolution(i);
       else

@@ -13,21 +13,25 @@
 
 namespace edgert {
 
-// Activations of n tokens, quantised to int8 in blocks of 32: value = scale * q. Token i starts i
-// strides into each array. `fsum` are scale times the sum of the codes.
+// Activations of n tokens, quantised to int8 in blocks of 32: value = scale * q. With two parts the
+// second codes what the first leaves over, in a row of its own: 15 bits together. Token i has rows
+// [parts * i, parts * (i + 1)); row r starts r strides into each array. `fsum` are scale times the sum
+// of the codes.
 struct QuantActs {
-  int8_t* q;        // [n][cols]
-  float* scale;     // [n][cols/32]
-  int32_t* sum16;   // [n][cols/16]
-  int32_t* sum32;   // [n][cols/32]
-  float* fsum16;    // [n][cols/16]
-  float* fsum32;    // [n][cols/32]
+  int8_t* q;        // [n * parts][cols]
+  float* scale;     // [n * parts][cols/32]
+  int32_t* sum16;   // [n * parts][cols/16]
+  int32_t* sum32;   // [n * parts][cols/32]
+  float* fsum16;    // [n * parts][cols/16]
+  float* fsum32;    // [n * parts][cols/32]
   uint32_t cols;    // also the stride of q; the others have cols/16 or cols/32
+  uint32_t parts;   // 1 or 2
 
-  QuantActs token(uint32_t i) const {
-    const size_t g16 = size_t(i) * (cols / 16), g32 = size_t(i) * (cols / 32);
-    return {q + size_t(i) * cols, scale + g32, sum16 + g16, sum32 + g32, fsum16 + g16, fsum32 + g32, cols};
+  QuantActs row(uint32_t r) const {
+    const size_t g16 = size_t(r) * (cols / 16), g32 = size_t(r) * (cols / 32);
+    return {q + size_t(r) * cols, scale + g32, sum16 + g16, sum32 + g32, fsum16 + g16, fsum32 + g32, cols, parts};
   }
+  QuantActs token(uint32_t i) const { return row(i * parts); }
 };
 
 // Attention of `rows` queries of one KV head to a run of pages of one chunk.
@@ -54,14 +58,15 @@ struct Kernels {
   Isa isa;
   uint32_t lanes;  // rows of a tile of PackedMatrix
 
-  // y[i][row] = sum over k of weight[row][k] * x[i][k] for the rows of tiles [begin, end); y points
-  // at the first row of tile `begin` and has room for whole tiles.
+  // y[i][row] = sum over k of weight[row][k] * x[i][k] for the rows of tiles [begin, end) and tokens
+  // i < n; y points at the first row of tile `begin` and has room for whole tiles.
   void (*matmul)(const PackedMatrix& w, uint32_t begin, uint32_t end, const QuantActs& x, uint32_t n, float* y,
                  size_t y_stride);
   // The same for F32, F16 and BF16 weights with float activations [n][cols].
   void (*matmul_float)(const PackedMatrix& w, uint32_t begin, uint32_t end, const float* x, uint32_t n, float* y,
                        size_t y_stride);
-  // Quantises one token's x[cols] (cols a multiple of 32) into `out`, a view of that token.
+  // Quantises one token's x[cols] (cols a multiple of 32) into `out`, a view of that token, in as
+  // many parts as it has.
   void (*quantize)(const float* x, const QuantActs& out);
   // y = x / rms(x) * w; y may be x. n floats.
   void (*rmsnorm)(const float* x, const float* w, float eps, uint32_t n, float* y);

@@ -1,7 +1,8 @@
 // The kernels, once for all ISA levels. A kernels_<isa>.cpp defines, in its own anonymous namespace
 // before including this file:
-//   L               float lanes (8 or 16); NB, the most tokens a matmul step takes at once;
-//                   NR, the most query rows an attention step takes at once
+//   L               float lanes (8 or 16); NB, the most rows of activations a matmul step takes at
+//                   once (even, for the two parts of a token); NR, the most query rows an attention
+//                   step takes at once
 //   VF, VI, VB      L floats, L int32, L*4 bytes
 //   vf_*, vi_*, vb_*  the primitives used below
 //   Dot<bits>, DotSigned   sums of products of codes with four activation bytes a lane: type Codes
@@ -51,6 +52,7 @@ inline VB load_quad(const uint8_t* c, int j) {
 template <const Format& F>
 using DotOf = std::conditional_t<F.code == CodeKind::Plain, Dot<F.bits>, DotSigned>;
 
+// One tile times N rows of activations, which are N or, in two parts, N / 2 tokens.
 template <const Format& F, int N>
 inline void matmul_tile(const uint8_t* w, uint32_t cols, const QuantActs* x, float* y, size_t y_stride) {
   constexpr int groups = 32 / F.group;
@@ -99,6 +101,9 @@ inline void matmul_tile(const uint8_t* w, uint32_t cols, const QuantActs* x, flo
     });
     w += L * block_bytes(F);
   }
+  if constexpr (N % 2 == 0)
+    if (x[0].parts == 2)
+      return unroll<N / 2>([&](auto n) { vf_store(y + n * y_stride, vf_add(acc[2 * n], acc[2 * n + 1])); });
   unroll<N>([&](auto n) { vf_store(y + n * y_stride, acc[n]); });
 }
 
@@ -115,10 +120,10 @@ template <const Format& F>
 void matmul_format(const PackedMatrix& w, uint32_t begin, uint32_t end, const QuantActs& x, uint32_t n, float* y,
                    size_t y_stride) {
   for (uint32_t t = begin; t < end; ++t)
-    in_steps<NB>(0, n, [&]<int N>(uint32_t i) {
+    in_steps<NB>(0, n * x.parts, [&]<int N>(uint32_t r) {
       QuantActs xs[N];
-      for (int k = 0; k < N; ++k) xs[k] = x.token(i + k);
-      matmul_tile<F, N>(w.tile(t), w.cols, xs, y + i * y_stride + size_t(t - begin) * L, y_stride);
+      for (int k = 0; k < N; ++k) xs[k] = x.row(r + k);
+      matmul_tile<F, N>(w.tile(t), w.cols, xs, y + r / x.parts * y_stride + size_t(t - begin) * L, y_stride);
     });
 }
 
@@ -177,24 +182,34 @@ void matmul_float(const PackedMatrix& w, uint32_t begin, uint32_t end, const flo
 }
 
 void quantize(const float* x, const QuantActs& out) {
-  for (uint32_t b = 0; b < out.cols / 32; ++b, x += 32) {
-    VF m = vf_zero();
-    for (int i = 0; i < 32; i += L) m = vf_max(m, vf_abs(vf_load(x + i)));
-    const float amax = vf_hmax(m);
-    // Below this the inverse overflows; such a block is zero at the precision of anything it meets.
-    const float inv = amax > 1e-30f ? 127.0f / amax : 0.0f;
-    const float scale = amax > 1e-30f ? amax / 127.0f : 0.0f;
-    int8_t* q = out.q + b * 32;
-    for (int i = 0; i < 32; i += L) vf_store_i8(q + i, vf_mul_set1(vf_load(x + i), inv));
-    int32_t lo = 0, hi = 0;
-    for (int i = 0; i < 16; ++i) lo += q[i], hi += q[16 + i];
-    out.scale[b] = scale;
-    out.sum16[2 * b] = lo;
-    out.sum16[2 * b + 1] = hi;
-    out.sum32[b] = lo + hi;
-    out.fsum16[2 * b] = scale * float(lo);
-    out.fsum16[2 * b + 1] = scale * float(hi);
-    out.fsum32[b] = scale * float(lo + hi);
+  constexpr int V = 32 / L;
+  for (uint32_t b = 0; b < out.cols / 32; ++b) {
+    VF v[V];
+    unroll<V>([&](auto i) { v[i] = vf_load(x + b * 32 + i * L); });
+    for (uint32_t p = 0; p < out.parts; ++p) {
+      VF m = vf_abs(v[0]);
+      unroll<V - 1>([&](auto i) { m = vf_max(m, vf_abs(v[i + 1])); });
+      const float amax = vf_hmax(m);
+      // Below this the inverse overflows; such a block is zero at the precision of anything it meets.
+      const float inv = amax > 1e-30f ? 127.0f / amax : 0.0f;
+      const float scale = amax > 1e-30f ? amax / 127.0f : 0.0f;
+      const QuantActs row = out.row(p);
+      VF half[2] = {vf_zero(), vf_zero()};  // sums of codes: whole numbers, so exact in any order
+      unroll<V>([&](auto i) {
+        const VF code = vf_round(vf_mul_set1(v[i], inv));
+        vf_store_i8(row.q + b * 32 + i * L, code);
+        half[i / (V / 2)] = vf_add(half[i / (V / 2)], code);
+        v[i] = vf_fma(code, vf_set1(-scale), v[i]);
+      });
+      const int32_t lo = int32_t(vf_hsum(half[0])), hi = int32_t(vf_hsum(half[1]));
+      row.scale[b] = scale;
+      row.sum16[2 * b] = lo;
+      row.sum16[2 * b + 1] = hi;
+      row.sum32[b] = lo + hi;
+      row.fsum16[2 * b] = scale * float(lo);
+      row.fsum16[2 * b + 1] = scale * float(hi);
+      row.fsum32[b] = scale * float(lo + hi);
+    }
   }
 }
 

@@ -13,7 +13,7 @@
 namespace edgert {
 namespace {
 
-constexpr int L = 8, NB = 1, NR = 1;
+constexpr int L = 8, NB = 2, NR = 1;
 constexpr uint32_t kMaxHeadDim = 256;
 struct VF { float v[L]; };
 struct VI { int32_t v[L]; };

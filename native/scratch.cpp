@@ -7,6 +7,7 @@ namespace {
 
 QuantActs take_quant(Arena& a, size_t values) {
   QuantActs q{};
+  q.parts = 1;
   q.q = a.take<int8_t>(values);
   q.scale = a.take<float>(values / 32 + 1);
   q.sum32 = a.take<int32_t>(values / 32 + 1);
@@ -42,7 +43,7 @@ Scratch::Scratch(const ModelSpec& spec, uint32_t thread_count) {
 }
 
 void Scratch::lay_out(Arena& a, const ModelSpec& spec) {
-  const size_t n = kMaxChunk, dim = spec.dim, rope = ropes.size() * n * (spec.rope_dims / 2);
+  const size_t n = kMaxChunk, dim = spec.dim, codes = std::max<size_t>(widest, 2 * dim), rope = ropes.size() * n * (spec.rope_dims / 2);
   x = a.take<float>(n * dim);
   y = a.take<float>(n * padded(spec.dim));
   q = a.take<float>(n * q_cols);
@@ -52,16 +53,17 @@ void Scratch::lay_out(Arena& a, const ModelSpec& spec) {
   up = a.take<float>(n * ffn);
   conv = a.take<float>(conv_layers ? n * dim : 0);
   in.f = a.take<float>(n * widest);
-  in.q = take_quant(a, n * widest);
+  in.q = take_quant(a, n * codes);
   cos = a.take<float>(rope);
   sin = a.take<float>(rope);
   for (Private& p : threads) {
     p.x = a.take<float>(dim);
     p.in.f = a.take<float>(widest);
-    p.in.q = take_quant(a, widest);
+    p.in.q = take_quant(a, codes);
     p.tmp = a.take<float>(std::max<size_t>(widest, kHeadTokens * dim));
     p.head = take_quant(a, 2 * kHeadTokens * dim);
-    p.tile = a.take<float>(2 * kHeadTokens * 16);
+    p.head.parts = 2;
+    p.tile = a.take<float>(kHeadTokens * 16);
     p.scores = a.take<float>(16 * kChunkTokens);
     p.max = a.take<float>(kRowsAtOnce);
     p.sum = a.take<float>(kRowsAtOnce);

@@ -17,7 +17,7 @@ inline constexpr uint32_t kMaxHeadDim = 256;
 // Row strides are whole tiles of any ISA level.
 inline uint32_t padded(uint32_t n) { return (n + 15) / 16 * 16; }
 
-// The input of a matrix: floats, and the same quantised for quantised weights.
+// The input of a matrix: floats, and the same quantised for quantised weights, in one part or two.
 struct Input {
   float* f = nullptr;  // [n][cols]
   QuantActs q{};
@@ -30,10 +30,10 @@ struct Scratch {
 
   struct Private {
     float* x;          // [dim] residual stream
-    Input in;          // [widest]
+    Input in;          // [widest], or [dim] in two parts
     float* tmp;        // [max(widest, kHeadTokens * dim)]
-    QuantActs head;    // [2 * kHeadTokens][dim]: codes, and the codes of what they miss
-    float* tile;       // [2 * kHeadTokens][16]
+    QuantActs head;    // [kHeadTokens][dim] in two parts
+    float* tile;       // [kHeadTokens][16]
     float* scores;     // [16][kChunkTokens]
     float *max, *sum;  // [kRowsAtOnce]
   };
@@ -47,7 +47,7 @@ struct Scratch {
   float *q, *k, *v;     // [kMaxChunk][q_cols], [kMaxChunk][kv_cols]
   float *gate, *up;     // [kMaxChunk][ffn]
   float* conv;          // [kMaxChunk][dim] output of the convolution, if the model has any
-  Input in;             // [kMaxChunk][widest]
+  Input in;             // [kMaxChunk][widest], or [kMaxChunk][dim] in two parts
   float *cos, *sin;     // [rope kinds][kMaxChunk][rope_dims / 2]
   std::vector<Private> threads;
 

@@ -43,7 +43,8 @@ class Reference:
     """``spec`` may be given to see what another description would compute from the same weights.
     ``kv_type`` rounds keys and values as a cache of that type would; ``int8_blocks`` rounds what meets a
     quantised matrix to int8 in blocks of so many values, each with a scale of its own (0: not at all).
-    The head is left out: the native engine keeps the rest of that rounding as a second int8 number."""
+    In front of q, k and v what that leaves over is rounded the same way and added, as the native engine
+    does; the head, where it does so too, is left out."""
 
     def __init__(
         self, path: Path, spec: ModelSpec | None = None, kv_type: Any = np.float64, int8_blocks: int = 0
@@ -83,7 +84,9 @@ class Reference:
 
     def _linear(self, x: Array, name: str) -> Array:
         if name + ".weight" in self._quantised:
-            x = self._rounded(x)
+            whole, x = x, self._rounded(x)
+            if name.endswith(("attn_q", "attn_k", "attn_v")):
+                x = x + self._rounded(whole - x)
         y = x @ self._w[name + ".weight"].T
         return y + self._w[name + ".bias"] if name + ".bias" in self._w else y
 

@@ -104,28 +104,42 @@ struct Acts {
   std::vector<int32_t> sum16, sum32;
   QuantActs view;
 
-  Acts(uint32_t n, uint32_t cols)
-      : q(n * cols), scale(n * cols / 32), fsum16(n * cols / 16), fsum32(n * cols / 32), sum16(n * cols / 16),
-        sum32(n * cols / 32),
-        view{q.data(), scale.data(), sum16.data(), sum32.data(), fsum16.data(), fsum32.data(), cols} {}
+  Acts(uint32_t n, uint32_t cols, uint32_t parts)
+      : q(n * parts * cols), scale(q.size() / 32), fsum16(q.size() / 16), fsum32(q.size() / 32), sum16(q.size() / 16),
+        sum32(q.size() / 32),
+        view{q.data(), scale.data(), sum16.data(), sum32.data(), fsum16.data(), fsum32.data(), cols, parts} {}
+
+  // What the codes of token i stand for in column c.
+  double value(uint32_t i, uint32_t c) const {
+    double v = 0;
+    for (uint32_t p = 0; p < view.parts; ++p) {
+      const size_t at = size_t(i * view.parts + p) * view.cols + c;
+      v += double(scale[at / 32]) * q[at];
+    }
+    return v;
+  }
 };
 
-Acts quantized(const Kernels& k, const std::vector<float>& x, uint32_t n, uint32_t cols) {
-  Acts a(n, cols);
+Acts quantized(const Kernels& k, const std::vector<float>& x, uint32_t n, uint32_t cols, uint32_t parts) {
+  Acts a(n, cols, parts);
   for (uint32_t i = 0; i < n; ++i) k.quantize(x.data() + size_t(i) * cols, a.view.token(i));
   return a;
 }
 
-void test_quantize(const Kernels& k) {
+void test_quantize(const Kernels& k, uint32_t parts) {
   const uint32_t cols = 320;
   std::vector<float> x = random_floats(cols, 3);
   std::fill(x.begin(), x.begin() + 32, 0.0f);                     // a block of zeros
   for (uint32_t i = 32; i < 64; ++i) x[i] *= 1e-35f;              // one whose inverse would overflow
   for (uint32_t i = 64; i < 96; ++i) x[i] = i % 2 ? -2.5f : 2.5f;  // one of extremes
-  const Acts a = quantized(k, x, 1, cols), s = quantized(kernels_scalar(), x, 1, cols);
-  for (uint32_t i = 0; i < cols; ++i)  // rounded to nearest: half a step, and a little for the product
-    near("quantize", i, x[i], double(a.scale[i / 32]) * a.q[i], std::max(0.501 * a.scale[i / 32], 1e-30));
-  for (uint32_t b = 0; b < cols / 32; ++b) {
+  const Acts a = quantized(k, x, 1, cols, parts), s = quantized(kernels_scalar(), x, 1, cols, parts);
+  for (uint32_t i = 0; i < cols; ++i) {
+    // Rounded to nearest: half a step, and a little for the product. A second part divides the step by
+    // 254, and float arithmetic leaves its own rounding.
+    const double step = a.scale[i / 32], bound = parts == 1 ? 0.501 * step : 0.501 * step / 254 + 0x1p-24 * std::fabs(x[i]);
+    near("quantize", i, x[i], a.value(0, i), std::max(bound, 1e-30));
+  }
+  for (uint32_t b = 0; b < parts * cols / 32; ++b) {
     int lo = 0, hi = 0;
     for (int i = 0; i < 16; ++i) lo += a.q[b * 32 + i], hi += a.q[b * 32 + 16 + i];
     near("sum16", b, lo, a.sum16[2 * b], 0);
@@ -138,7 +152,8 @@ void test_quantize(const Kernels& k) {
   same("quantize sums", s.fsum32, a.fsum32);
 }
 
-void test_matmul(const Kernels& k, DType t) {
+// `parts` of the activations of quantised weights.
+void test_matmul(const Kernels& k, DType t, uint32_t parts) {
   const Format* format = find_format(t);
   const Kernels& scalar = kernels_scalar();
   const std::vector<uint32_t> widths = !format                   ? std::vector<uint32_t>{1, 31, 64, 97}
@@ -164,7 +179,7 @@ void test_matmul(const Kernels& k, DType t) {
             out.insert(out.end(), y.begin() + i * stride, y.begin() + i * stride + rows);
           return out;
         };
-        Acts acts = format ? quantized(k, x, n, cols) : Acts(0, 32);
+        Acts acts = format ? quantized(k, x, n, cols, parts) : Acts(0, 32, 1);
         const std::vector<float> y = multiply(k, mine, acts, 0);
         same(what, multiply(scalar, theirs, acts, 0), y);
         if (const uint32_t last = mine.m.tiles() - 1; last > 0) {  // a thread's share starts anywhere
@@ -181,7 +196,7 @@ void test_matmul(const Kernels& k, DType t) {
           for (uint32_t i = 0; i < n; ++i) {
             double sum = 0, size = 0;
             for (uint32_t c = 0; c < cols; ++c) {
-              const double a = format ? double(acts.scale[(i * cols + c) / 32]) * acts.q[i * cols + c] : x[i * cols + c];
+              const double a = format ? acts.value(i, c) : x[i * cols + c];
               sum += w[c] * a;
               // The 256-wide types subtract a minimum: both terms can be larger than their difference.
               size += std::fabs(w[c] * a) + (format && format->has_min ? 0.05 * 63 * std::fabs(a) : 0);
@@ -294,9 +309,10 @@ int main() {
   for (Isa isa : isa_available()) {
     const Kernels& k = kernels_for(isa);
     level = isa_name(isa);
-    test_quantize(k);
-    for (const Format& f : kFormats) test_matmul(k, f.type);
-    for (DType t : floats) test_matmul(k, t);
+    for (uint32_t parts : {1u, 2u}) test_quantize(k, parts);
+    for (const Format& f : kFormats)
+      for (uint32_t parts : {1u, 2u}) test_matmul(k, f.type, parts);
+    for (DType t : floats) test_matmul(k, t, 1);
     test_vectors(k);
     for (uint32_t head_dim : {16u, 48u, 64u, 256u})
       for (uint32_t rows : {1u, 3u, 5u, 16u}) test_attention(k, head_dim, rows);
