@@ -115,14 +115,14 @@ bool Pool::Worker::claim(uint32_t items, uint32_t& begin, uint32_t& end) {
   for (; victim_ < n; ++victim_) {
     const uint32_t owner = (index_ + victim_) % n;
     const uint32_t lo = uint32_t(uint64_t(items) * owner / n), hi = uint32_t(uint64_t(items) * (owner + 1) / n);
-    const uint32_t piece = std::max(1u, (hi - lo) / 8);
     std::atomic<uint64_t>& next = pool_->shares_[owner].next;
     uint64_t cur = next.load(std::memory_order_relaxed);
     for (;;) {
       // A share still marked with an earlier phase has not been touched in this one.
       const uint32_t from = uint32_t(cur >> 32) == phase_ ? uint32_t(cur) : lo;
       if (from >= hi) break;
-      const uint32_t to = std::min(hi, from + piece);
+      // Large pieces first: few claims, and at the end small ones that even out the threads.
+      const uint32_t to = from + std::max(1u, (hi - from) * 5 / 8);
       if (next.compare_exchange_weak(cur, uint64_t(phase_) << 32 | to, std::memory_order_relaxed)) {
         begin = from;
         end = to;
