@@ -143,12 +143,13 @@ struct Decoder::Pass {
     }
   }
 
-  // Norm and rope of one query head of token i, in place, times the attention scale.
+  // Norm and rope of one query head of token i, in place, times the attention scale and log2(e).
   void make_query(uint32_t layer, uint32_t i, uint32_t head) const {
     float* q = sc.q + size_t(i) * sc.q_cols + size_t(head) * s.head_dim;
     if (const float* norm = d.weights_.layers[layer].q_norm) k.rmsnorm(q, norm, s.norm_eps, s.head_dim, q);
     rotate(q, layer, i);
-    for (uint32_t c = 0; c < s.head_dim; ++c) q[c] *= s.attn_scale;
+    const float scale = s.attn_scale * 1.44269504088896341f;
+    for (uint32_t c = 0; c < s.head_dim; ++c) q[c] *= scale;
   }
 
   // Norm and rope of one key head of token i; key and value go to their page.

@@ -34,13 +34,14 @@ struct QuantActs {
   QuantActs token(uint32_t i) const { return row(i * parts); }
 };
 
-// Attention of `rows` queries of one KV head to a run of pages of one chunk.
+// Attention of `rows` queries of one KV head to a run of pages of one chunk. Scores are logarithms to
+// base 2: weights are powers of 2.
 inline constexpr uint32_t kPageTokens = 16;
 inline constexpr uint32_t kChunkPages = 16;
 inline constexpr uint32_t kChunkTokens = kPageTokens * kChunkPages;
 
 struct AttnChunk {
-  const float* const* q;         // [rows] pointers to head_dim floats, already scaled and rotated
+  const float* const* q;         // [rows] pointers to head_dim floats, rotated, times the attention scale and log2(e)
   // [kChunkPages] the pages of the chunk, f16; those with no visible token are not looked at. Pages
   // that follow each other in memory are read as one stream, which is what memory is fastest at.
   const uint16_t* const* keys;    // -> [head_dim][16]

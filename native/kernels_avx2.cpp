@@ -14,7 +14,7 @@
 namespace edgert {
 namespace {
 
-constexpr int L = 8, NB = 4, NR = 6;
+constexpr int L = 8, NB = 4, NR = 4;
 constexpr uint32_t kMaxHeadDim = 256;
 struct VF { __m256 v; };
 struct VI { __m256i v; };
@@ -32,7 +32,7 @@ inline VF vf_max(VF a, VF b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline VF vf_min(VF a, VF b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline VF vf_fma(VF a, VF b, VF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline VF vf_mul_set1(VF a, float b) { return {_mm256_mul_ps(a.v, _mm256_set1_ps(b))}; }
-inline VF vf_sub_set1(VF a, float b) { return {_mm256_sub_ps(a.v, _mm256_set1_ps(b))}; }
+inline VF vf_sub(VF a, VF b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline VF vf_abs(VF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline VF vf_round(VF a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline float vf_hmax(VF a) {

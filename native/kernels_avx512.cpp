@@ -14,7 +14,7 @@
 namespace edgert {
 namespace {
 
-constexpr int L = 16, NB = 8, NR = 12;
+constexpr int L = 16, NB = 8, NR = 8;
 constexpr uint32_t kMaxHeadDim = 256;
 struct VF { __m512 v; };
 struct VI { __m512i v; };
@@ -32,7 +32,7 @@ inline VF vf_max(VF a, VF b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline VF vf_min(VF a, VF b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline VF vf_fma(VF a, VF b, VF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline VF vf_mul_set1(VF a, float b) { return {_mm512_mul_ps(a.v, _mm512_set1_ps(b))}; }
-inline VF vf_sub_set1(VF a, float b) { return {_mm512_sub_ps(a.v, _mm512_set1_ps(b))}; }
+inline VF vf_sub(VF a, VF b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline VF vf_abs(VF a) { return {_mm512_abs_ps(a.v)}; }
 inline VF vf_round(VF a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline float vf_hmax(VF a) { return _mm512_reduce_max_ps(a.v); }

@@ -14,7 +14,7 @@
 namespace edgert {
 namespace {
 
-constexpr int L = 8, NB = 4, NR = 6;
+constexpr int L = 8, NB = 4, NR = 4;
 constexpr uint32_t kMaxHeadDim = 256;
 struct VF { float32x4_t a, b; };
 struct VI { int32x4_t a, b; };
@@ -37,9 +37,7 @@ inline VF vf_max(VF x, VF y) { return {vmaxq_f32(x.a, y.a), vmaxq_f32(x.b, y.b)}
 inline VF vf_min(VF x, VF y) { return {vminq_f32(x.a, y.a), vminq_f32(x.b, y.b)}; }
 inline VF vf_fma(VF x, VF y, VF z) { return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b)}; }
 inline VF vf_mul_set1(VF x, float y) { return {vmulq_n_f32(x.a, y), vmulq_n_f32(x.b, y)}; }
-inline VF vf_sub_set1(VF x, float y) {
-  return {vsubq_f32(x.a, vdupq_n_f32(y)), vsubq_f32(x.b, vdupq_n_f32(y))};
-}
+inline VF vf_sub(VF x, VF y) { return {vsubq_f32(x.a, y.a), vsubq_f32(x.b, y.b)}; }
 inline VF vf_abs(VF x) { return {vabsq_f32(x.a), vabsq_f32(x.b)}; }
 inline VF vf_round(VF x) { return {vrndnq_f32(x.a), vrndnq_f32(x.b)}; }
 inline float vf_hmax(VF x) { return vmaxvq_f32(vmaxq_f32(x.a, x.b)); }

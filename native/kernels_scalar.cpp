@@ -53,7 +53,7 @@ inline VF vf_max(VF a, VF b) { return each([&](int i) { return a.v[i] > b.v[i] ?
 inline VF vf_min(VF a, VF b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
 inline VF vf_fma(VF a, VF b, VF c) { return each([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); }); }
 inline VF vf_mul_set1(VF a, float b) { return each([&](int i) { return a.v[i] * b; }); }
-inline VF vf_sub_set1(VF a, float b) { return each([&](int i) { return a.v[i] - b; }); }
+inline VF vf_sub(VF a, VF b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
 inline VF vf_abs(VF a) { return each([&](int i) { return std::fabs(a.v[i]); }); }
 inline VF vf_round(VF a) { return each([&](int i) { return std::nearbyint(a.v[i]); }); }
 inline float vf_hmax(VF a) { return *std::max_element(a.v, a.v + L); }

@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <time.h>
+
 #include <algorithm>
 #include <chrono>
 
@@ -12,15 +14,22 @@ constexpr uint32_t kBarrierSpins = 2000;
 // Between two decode steps the caller samples; workers stay awake for about a millisecond.
 constexpr uint32_t kJobSpins = 40000;
 constexpr uint32_t kMostThreads = 255;
-// A job is disturbed when its threads slept for more than this share of it at barriers. Undisturbed
-// ones stay under 2 %, with one busy process on one of two CPUs it is 30 to 60 %.
-constexpr double kDisturbed = 0.15;
-constexpr uint32_t kFirstHold = 16, kLongestHold = 256;  // jobs
-constexpr uint32_t kCalm = 64;                            // undisturbed jobs that end the suspicion
+// A job is disturbed when its threads had no CPU for more than this share of it though they did not
+// sleep: under 1 % on a quiet machine, 20 to 40 % with one busy process on two CPUs.
+constexpr double kDisturbed = 0.08, kMemory = 2e7;  // the memory in nanoseconds
+// How long the pool then goes without a thread, and how long without a disturbance ends the suspicion.
+constexpr uint64_t kFirstHold = 50'000'000, kLongestHold = 1'000'000'000, kCalm = 500'000'000;  // ns
 
 uint64_t now() {
   return uint64_t(std::chrono::duration_cast<std::chrono::nanoseconds>(
                       std::chrono::steady_clock::now().time_since_epoch()).count());
+}
+
+// CPU time of the calling thread.
+uint64_t cpu_now() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return uint64_t(t.tv_sec) * 1'000'000'000 + uint64_t(t.tv_nsec);
 }
 
 inline void pause() {
@@ -78,34 +87,44 @@ void Pool::thread_main(uint32_t index) {
     seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
     if (index >= (seen & 255)) continue;  // not this job
-    (*job_)(workers_[index]);
-    workers_[index].barrier();
+    work(workers_[index]);
   }
+}
+
+void Pool::work(Worker& worker) {
+  const uint64_t cpu = cpu_now(), begin = now();
+  worker.slept_ = 0;
+  (*job_)(worker);
+  const uint64_t used = cpu_now() - cpu + worker.slept_, took = now() - begin;
+  if (took > used) lost_.fetch_add(took - used, std::memory_order_relaxed);
+  worker.barrier();
 }
 
 void Pool::run(const std::function<void(Worker&)>& job) {
   job_ = &job;
-  slept_.store(0, std::memory_order_relaxed);
+  lost_.store(0, std::memory_order_relaxed);
   for (uint32_t i = 1; i < active_; ++i) workers_[i].phase_ = workers_[0].phase_;
   const uint64_t begin = now();
   if (active_ > 1) start(active_);
-  job(workers_[0]);
-  workers_[0].barrier();
-  if (n_ > 1) judge(now() - begin);
+  work(workers_[0]);
+  if (n_ > 1) judge(begin, now());
 }
 
-void Pool::judge(uint64_t nanoseconds) {
-  const double share = double(slept_.load(std::memory_order_relaxed)) / (double(nanoseconds) * active_);
-  if (active_ > 1 && share > kDisturbed) {
+void Pool::judge(uint64_t begin, uint64_t end) {
+  const double share = double(lost_.load(std::memory_order_relaxed)) / (double(end - begin) * active_);
+  // Over the last kMemory or so: one interrupt in a step of a few milliseconds is no reason.
+  disturbed_ += (share - disturbed_) * std::min(1.0, double(end - begin) / kMemory);
+  if (active_ > 1 && disturbed_ > kDisturbed) {
     --active_;
-    hold_ = patience_;
+    disturbed_ = 0;
+    calm_since_ = end;
+    hold_until_ = end + patience_;
     patience_ = std::min(2 * patience_, kLongestHold);
-    good_ = 0;
-  } else if (hold_ > 0) {
-    --hold_;
+  } else if (end < hold_until_) {
+    return;
   } else if (active_ < n_) {
     ++active_;
-  } else if (++good_ == kCalm) {
+  } else if (end - calm_since_ > kCalm) {
     patience_ = kFirstHold;
   }
 }
@@ -145,8 +164,7 @@ void Pool::Worker::barrier() {
     p.released_.store(round + 1, std::memory_order_release);
     p.released_.notify_all();
   } else {
-    if (const uint64_t slept = wait_while(p.released_, round, kBarrierSpins))
-      p.slept_.fetch_add(slept, std::memory_order_relaxed);
+    slept_ += wait_while(p.released_, round, kBarrierSpins);
   }
 }
 

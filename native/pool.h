@@ -7,8 +7,8 @@
 // the one it waits for when there are more threads than CPUs.
 //
 // When another process takes a CPU, every barrier waits for the thread that shares it, and two
-// threads are slower than one. A job that slept through much of its time therefore makes the next
-// ones run on a thread fewer; after a while the full number is tried again.
+// threads are slower than one. A job whose threads wanted to run and had no CPU for much of its time
+// therefore makes the next ones run on a thread fewer; after a while the full number is tried again.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -49,6 +49,7 @@ class Pool {
     uint32_t index_ = 0;
     uint32_t phase_ = 1;  // 0 marks a share never touched
     uint32_t victim_ = 0;  // shares looked through in this phase, the own one first
+    uint64_t slept_ = 0;   // nanoseconds of this job
   };
 
  private:
@@ -57,16 +58,18 @@ class Pool {
   };
 
   void thread_main(uint32_t index);
+  void work(Worker& worker);
   // Returns the nanoseconds slept.
   static uint64_t wait_while(std::atomic<uint32_t>& a, uint32_t old, uint32_t spins);
   void start(uint32_t active);
-  void judge(uint64_t nanoseconds);
+  void judge(uint64_t begin, uint64_t end);
 
   uint32_t n_;
   uint32_t active_;        // threads of the present job
-  uint32_t hold_ = 0;      // jobs until a thread more is tried
-  uint32_t patience_;      // the next hold
-  uint32_t good_ = 0;      // undisturbed jobs in a row
+  double disturbed_ = 0;     // share of the time, smoothed
+  uint64_t hold_until_ = 0;  // when a thread more is tried
+  uint64_t patience_;        // the next hold, nanoseconds
+  uint64_t calm_since_ = 0;  // the last disturbance
   std::unique_ptr<Share[]> shares_;
   std::vector<Worker> workers_;
   std::vector<std::thread> threads_;
@@ -74,7 +77,7 @@ class Pool {
   alignas(128) std::atomic<uint32_t> generation_{0};  // number of the job << 8 | threads that run it
   alignas(128) std::atomic<uint32_t> arrived_{0};
   alignas(128) std::atomic<uint32_t> released_{0};    // one more for each barrier
-  alignas(128) std::atomic<uint64_t> slept_{0};       // nanoseconds, at the barriers of this job
+  alignas(128) std::atomic<uint64_t> lost_{0};        // nanoseconds that threads of this job had no CPU
   std::atomic<bool> stop_{false};
 };
 

@@ -292,7 +292,7 @@ void test_attention(const Kernels& k, uint32_t head_dim, uint32_t rows) {
       top = std::max(top, score[t]);
     }
     for (uint32_t t = begin[r]; t < end[r]; ++t) {
-      const double weight = std::exp(score[t] - top);
+      const double weight = std::exp2(score[t] - top);
       total += weight;
       for (uint32_t c = 0; c < head_dim; ++c) out[c] += weight * value(t, c);
     }
