@@ -17,6 +17,8 @@ import pytest
 from cli_process import COMMAND, edgert, environment, start
 from conftest import real_model
 
+from edgert.model import load
+
 QUESTION = "Why is the sky blue?"
 STATS = re.compile(
     r"prompt \d+ tokens [\d.]+ tok/s \| generation \d+ tokens [\d.]+ tok/s \| first token [\d.]+ s \| "
@@ -59,7 +61,9 @@ def test_run_reads_a_file_and_json_says_everything(model: Path, cache: str, tmp_
     )
     assert done.returncode == 0 and done.stderr == ""
     result = json.loads(done.stdout)
-    assert result["text"].startswith("The sky")
+    with load(model) as same:
+        reply = same.chat([{"role": "user", "content": QUESTION}], max_tokens=8)
+    assert result["text"] == reply.text
     assert len(result["tokens"]) == len(result["logprobs"]) == 8
     assert result["finish_reason"] == "length"
     first = result["logprobs"][0]

@@ -124,11 +124,11 @@ def test_stats_of_a_real_reply(model: Model) -> None:
 
 
 def test_chat(model: Model) -> None:
-    messages = [{"role": "user", "content": "Name one colour of the rainbow."}]
+    messages = [{"role": "user", "content": "What is 2 plus 2?"}]
     if not model.tokenizer.has_chat_template:
         with pytest.raises(edgert.EdgertError, match="no chat template"):
             model.chat(messages)
         return
     reply = model.chat(messages, max_tokens=200)
-    assert reply.finish_reason == "stop" and reply.text.strip()
+    assert reply.finish_reason == "stop" and "4" in reply.text
     assert reply.tokens[-1] in model.tokenizer.eos_ids and "<|im_end|>" not in reply.text
