@@ -6,13 +6,12 @@
 #include "decoder.h"
 #include "error.h"
 #include "formats.h"
-#include "half.h"
 #include "scratch.h"
 
 namespace edgert {
 namespace {
 
-constexpr size_t kFetchAhead = 32768;  // bytes asked for ahead of a barrier; a part of any L2
+constexpr size_t kFetchAhead = 65536;  // bytes asked for at a barrier; a part of any L2
 
 bool quantised(const PackedMatrix& m) { return find_format(m.type) != nullptr; }
 
@@ -53,16 +52,12 @@ struct Decoder::Pass {
     if (!one) w.barrier();
   }
 
-  // A decode step is a chain of short reads with a barrier behind each. What this thread reads after
-  // the barrier is asked for in front of it, so that memory does not stand still meanwhile.
-  static void fetch(const void* p, size_t bytes) {
-    const char* c = static_cast<const char*>(p);
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(c + i, 0, 2);
-  }
-  void fetch_share(const PackedMatrix& m) const {
-    if (!one) return;
+  // A decode step is a chain of short reads with a barrier behind each; memory should not stand still
+  // while a thread waits there. These name what it reads behind the barrier.
+  void barrier_before(const PackedMatrix& m) {
+    if (!one) return w.barrier();
     const uint32_t lo = m.tiles() * w.index() / w.threads(), hi = m.tiles() * (w.index() + 1) / w.threads();
-    fetch(m.tile(lo), std::min(kFetchAhead, size_t(hi - lo) * m.stride));
+    w.barrier(m.tile(lo), std::min(kFetchAhead, size_t(hi - lo) * m.stride));
   }
 
   void matmul(const PackedMatrix& m, uint32_t begin, uint32_t end, uint32_t count, float* y, size_t stride) const {
@@ -163,24 +158,25 @@ struct Decoder::Pass {
       std::memcpy(key, sc.k + at, hd * sizeof(float));
     rotate(key, layer, i);
     // Finite whatever happens: a weight of 0 times infinity would be NaN in later tokens.
-    const auto half = [](float f) { return float_to_half(std::clamp(f, -65504.0f, 65504.0f)); };
+    uint16_t half[kMaxHeadDim];
+    k.to_half(key, hd, half);
     uint16_t* keys = cache.keys(layer, head, pos / kPageTokens);
-    for (uint32_t c = 0; c < hd; ++c) keys[c * kPageTokens + slot] = half(key[c]);
-    uint16_t* value = cache.values(layer, head, pos / kPageTokens) + size_t(slot) * hd;
-    for (uint32_t c = 0; c < hd; ++c) value[c] = half(sc.v[at + c]);
+    for (uint32_t c = 0; c < hd; ++c) keys[c * kPageTokens + slot] = half[c];
+    k.to_half(sc.v + at, hd, cache.values(layer, head, pos / kPageTokens) + size_t(slot) * hd);
   }
 
   // Norm and rope of every head; keys and values go to their pages.
   void prepare_heads(uint32_t layer) {
-    const uint32_t kv = s.layers[layer].n_kv_heads, each = kv + s.n_heads;
+    const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, each = s.n_heads + s.layers[layer].n_kv_heads;
     uint32_t b, e;
     while (w.claim(n * each, b, e))
       for (uint32_t item = b; item < e; ++item) {
-        const uint32_t i = item / each, h = item % each;
-        if (h < kv)
-          append(layer, i, h);
+        // A key head, then its query heads: the shares of the threads cost the same.
+        const uint32_t i = item / each, head = item % each / (group + 1), g = item % each % (group + 1);
+        if (g == 0)
+          append(layer, i, head);
         else
-          make_query(layer, i, h - kv);
+          make_query(layer, i, head * group + g - 1);
       }
   }
 
@@ -256,31 +252,32 @@ struct Decoder::Pass {
     w.barrier();
   }
 
-  // How one token's attention is cut into items: by KV head, chunk of the context and, when these
-  // are few, by query head too. The cut never changes a bit: rows and chunks are independent.
+  // How one token's attention is cut into items. A row is one query head and one chunk of the context;
+  // rows are counted by KV head, chunk, query head, and those of one KV head and chunk that meet in a
+  // thread share the read of its pages. An item is all of these or, when there are few, one row. The
+  // cut never changes a bit: rows are independent.
   struct Cut {
     uint32_t first, chunks;  // chunks of the context
-    uint32_t parts, rows;    // items a group of query heads makes, and rows of each
-    uint32_t items;
+    uint32_t rows, items;    // rows of an item
+    uint32_t least;          // items to claim at once: few of them are cut in equal shares
   };
   Cut cut(uint32_t layer) const {
     const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, window = s.layers[layer].window;
     const uint32_t end = start + 1, first = (window && end > window ? end - window : 0) / kChunkTokens;
     const uint32_t chunks = (end + kChunkTokens - 1) / kChunkTokens - first;
-    const bool few = chunks * kv < 4 * w.threads();
-    const uint32_t rows = few ? 1 : std::min(group, kRowsAtOnce), parts = (group + rows - 1) / rows;
-    return {first, chunks, parts, rows, kv * parts * chunks};
+    if (chunks * kv < 4 * w.threads()) return {first, chunks, 1, s.n_heads * chunks, s.n_heads * chunks};
+    return {first, chunks, group, kv * chunks, 1};
   }
 
-  // The first keys of this thread's share of attend_one().
-  void fetch_first_keys(uint32_t layer) const {
-    if (!one) return;
+  void barrier_before_attention(uint32_t layer) {
+    if (!one) return w.barrier();
     const Cut c = cut(layer);
-    const uint32_t item = c.items * w.index() / w.threads(), window = s.layers[layer].window, end = start + 1;
+    const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, window = s.layers[layer].window, end = start + 1;
+    const uint32_t stretch = c.items * w.index() / w.threads() * c.rows / group;
     const uint32_t low = window && end > window ? end - window : 0;
-    const uint32_t page = std::max(low, (c.first + item % c.chunks) * kChunkTokens) / kPageTokens;
+    const uint32_t page = std::max(low, (c.first + stretch % c.chunks) * kChunkTokens) / kPageTokens;
     const size_t pages = std::min(kChunkPages - page % kChunkPages, (end - 1) / kPageTokens + 1 - page);
-    fetch(cache.keys(layer, item / (c.chunks * c.parts), page), std::min(kFetchAhead, pages * 32 * s.head_dim));
+    w.barrier(cache.keys(layer, stretch / c.chunks, page), std::min(kFetchAhead, pages * 32 * s.head_dim));
   }
 
   void attend_one(uint32_t layer) {
@@ -288,12 +285,12 @@ struct Decoder::Pass {
     const Cut cut = this->cut(layer);
     const size_t size = hd + 2;
     uint32_t b, e;
-    while (w.claim(cut.items, b, e))
-      for (uint32_t item = b; item < e; ++item) {
-        const uint32_t chunk = item % cut.chunks, part = item / cut.chunks % cut.parts;
-        const uint32_t kv_head = item / cut.chunks / cut.parts, first = part * cut.rows;
+    while (w.claim(cut.items, b, e, cut.least))
+      for (uint32_t row = b * cut.rows; row < e * cut.rows;) {
+        const uint32_t chunk = row / group % cut.chunks, kv_head = row / group / cut.chunks, first = row % group;
         Rows r{};
-        r.max = me.max, r.sum = me.sum, r.count = std::min(cut.rows, group - first);
+        r.max = me.max, r.sum = me.sum, r.count = std::min({group - first, e * cut.rows - row, kRowsAtOnce});
+        row += r.count;
         for (uint32_t i = 0; i < r.count; ++i) {
           const uint32_t head = kv_head * group + first + i;
           r.q[i] = sc.q + size_t(head) * hd;
@@ -304,8 +301,7 @@ struct Decoder::Pass {
         attend_chunk(layer, kv_head, cut.first + chunk, r);
         for (uint32_t i = 0; i < r.count; ++i) r.acc[i][hd] = r.max[i], r.acc[i][hd + 1] = r.sum[i];
       }
-    fetch_share(d.weights_.layers[layer].output);
-    w.barrier();
+    barrier_before(d.weights_.layers[layer].output);
     set_cols(sc.q_cols);
     for (uint32_t h = 0; h < s.n_heads; ++h) {
       float* out = in.f + size_t(h) * hd;
@@ -355,8 +351,7 @@ struct Decoder::Pass {
     }
     w.barrier();
     prepare_heads(layer);
-    fetch_first_keys(layer);
-    w.barrier();
+    barrier_before_attention(layer);
     if (one)
       attend_one(layer);
     else
@@ -368,8 +363,7 @@ struct Decoder::Pass {
   void project(const PackedMatrix& m, const PackedMatrix& next) {
     uint32_t b, e;
     while (w.claim(m.tiles(), b, e)) matmul(m, b, e, n, sc.y + size_t(b) * m.tile_rows, padded(s.dim));
-    fetch_share(next);
-    w.barrier();
+    barrier_before(next);
   }
 
   // LFM2: y = out(C * conv(B * x)) with (B, C, x) = in(h); causal, depthwise, conv_kernel taps.
@@ -423,8 +417,7 @@ struct Decoder::Pass {
       }
       for (uint32_t i = 0; i < n; ++i) gated(sc.gate + i * stride + row, sc.up + i * stride + row, rows, sc.up + i * stride + row);
     }
-    fetch_share(l.down);
-    w.barrier();
+    barrier_before(l.down);
     set_cols(s.ffn_dim);
     for_tokens([&](uint32_t i) { set_input(i, sc.up + i * stride, quantised(l.down)); });
     meet();

@@ -72,6 +72,8 @@ struct Kernels {
   // y = x / rms(x) * w; y may be x. n floats.
   void (*rmsnorm)(const float* x, const float* w, float eps, uint32_t n, float* y);
   void (*add)(float* x, const float* y, uint32_t n);                     // x += y
+  // n (a multiple of 16) floats as f16; what f16 cannot hold becomes its largest number.
+  void (*to_half)(const float* x, uint32_t n, uint16_t* y);
   void (*gate_silu)(const float* gate, const float* up, uint32_t n, float* y);  // silu(gate) * up
   void (*gate_gelu)(const float* gate, const float* up, uint32_t n, float* y);  // gelu_tanh(gate) * up
   void (*attend)(const AttnChunk& c);

@@ -57,6 +57,9 @@ inline VF vf_zero_below(VF p, VF x, float limit) {
 inline VF vf_from_f16(const void* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
 }
+inline void vf_store_f16(uint16_t* p, VF a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
 inline VF vf_from_bf16(const void* p) {
   const __m128i h = _mm_loadu_si128(static_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};

@@ -230,6 +230,11 @@ void add(float* x, const float* y, uint32_t n) {
   for (; i < n; ++i) x[i] += y[i];
 }
 
+void to_half(const float* x, uint32_t n, uint16_t* y) {
+  for (uint32_t i = 0; i < n; i += L)
+    vf_store_f16(y + i, vf_max(vf_min(vf_load(x + i), vf_set1(65504.0f)), vf_set1(-65504.0f)));
+}
+
 // exp(x) for x <= 88, relative error under 2e-7 (Cephes' polynomial); 0 below -87.
 inline VF vf_exp(VF x) {
   x = vf_min(x, vf_set1(88.0f));
@@ -421,5 +426,5 @@ void attend(const AttnChunk& c) {
 
 constexpr Kernels make_kernels(Isa isa) {
   return {isa,     L,   matmul,    matmul_float, quantize, rmsnorm,
-          add, gate_silu, gate_gelu, attend,       merge};
+          add, to_half, gate_silu, gate_gelu, attend,       merge};
 }

@@ -65,6 +65,9 @@ inline VF vf_from_f16(const void* p) {
   const float16x8_t h = vreinterpretq_f16_u16(load_u16(p));
   return {vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)};
 }
+inline void vf_store_f16(uint16_t* p, VF x) {
+  vst1q_u16(p, vreinterpretq_u16_f16(vcombine_f16(vcvt_f16_f32(x.a), vcvt_f16_f32(x.b))));
+}
 inline VF vf_from_bf16(const void* p) {
   const uint16x8_t h = load_u16(p);
   return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(h), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(h, 16))};

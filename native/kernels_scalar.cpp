@@ -68,6 +68,9 @@ inline VF vf_zero_below(VF p, VF x, float limit) {
   return each([&](int i) { return x.v[i] >= limit ? p.v[i] : 0.0f; });
 }
 inline VF vf_from_f16(const void* p) { return each([=](int i) { return half_to_float(half_at(p, i)); }); }
+inline void vf_store_f16(uint16_t* p, VF a) {
+  for (int i = 0; i < L; ++i) p[i] = float_to_half(a.v[i]);
+}
 inline VF vf_from_bf16(const void* p) { return each([=](int i) { return bf16_to_float(half_at(p, i)); }); }
 inline VF vf_from_u8(const uint8_t* p) { return each([=](int i) { return float(p[i]); }); }
 inline VF vf_from_i8(const uint8_t* p) { return each([=](int i) { return float(int8_t(p[i])); }); }

@@ -129,7 +129,7 @@ void Pool::judge(uint64_t begin, uint64_t end) {
   }
 }
 
-bool Pool::Worker::claim(uint32_t items, uint32_t& begin, uint32_t& end) {
+bool Pool::Worker::claim(uint32_t items, uint32_t& begin, uint32_t& end, uint32_t least) {
   const uint32_t n = pool_->active_;
   for (; victim_ < n; ++victim_) {
     const uint32_t owner = (index_ + victim_) % n;
@@ -141,7 +141,7 @@ bool Pool::Worker::claim(uint32_t items, uint32_t& begin, uint32_t& end) {
       const uint32_t from = uint32_t(cur >> 32) == phase_ ? uint32_t(cur) : lo;
       if (from >= hi) break;
       // Large pieces first: few claims, and at the end small ones that even out the threads.
-      const uint32_t to = from + std::max(1u, (hi - from) * 5 / 8);
+      const uint32_t to = std::min(hi, from + std::max(least, (hi - from) * 5 / 8));
       if (next.compare_exchange_weak(cur, uint64_t(phase_) << 32 | to, std::memory_order_relaxed)) {
         begin = from;
         end = to;
@@ -152,7 +152,7 @@ bool Pool::Worker::claim(uint32_t items, uint32_t& begin, uint32_t& end) {
   return false;
 }
 
-void Pool::Worker::barrier() {
+void Pool::Worker::barrier(const void* next, size_t bytes) {
   Pool& p = *pool_;
   ++phase_;
   victim_ = 0;
@@ -164,6 +164,9 @@ void Pool::Worker::barrier() {
     p.released_.store(round + 1, std::memory_order_release);
     p.released_.notify_all();
   } else {
+    const char* at = static_cast<const char*>(next);
+    for (const char* end = at + bytes; at < end && p.released_.load(std::memory_order_acquire) == round; at += 64)
+      __builtin_prefetch(at, 0, 2);
     slept_ += wait_while(p.released_, round, kBarrierSpins);
   }
 }

@@ -11,6 +11,7 @@
 // therefore makes the next ones run on a thread fewer; after a while the full number is tried again.
 #pragma once
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -38,10 +39,12 @@ class Pool {
     uint32_t index() const { return index_; }
     uint32_t threads() const { return pool_->active_; }  // that run this job
 
-    // The next piece [begin, end) of this phase's `items`; false when there is none left.
-    bool claim(uint32_t items, uint32_t& begin, uint32_t& end);
-    // Ends the phase: returns when every thread has called it.
-    void barrier();
+    // The next piece [begin, end) of this phase's `items`, at least `least` of them where a share has
+    // so many left; false when there is none left.
+    bool claim(uint32_t items, uint32_t& begin, uint32_t& end, uint32_t least = 1);
+    // Ends the phase: returns when every thread has called it. A thread that waits asks memory
+    // meanwhile for [next, next + bytes), which it will read in the following phase.
+    void barrier(const void* next = nullptr, size_t bytes = 0);
 
    private:
     friend class Pool;

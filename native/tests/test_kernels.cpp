@@ -227,6 +227,15 @@ void test_vectors(const Kernels& k) {
     k.add(z.data(), w.data(), n);
     for (uint32_t i = 0; i < n; ++i) near("add", i, x[i] + w[i], z[i], 0);
 
+    if (n % 16 == 0) {
+      std::vector<uint16_t> half(n);
+      z = random_floats(n, 3);
+      z[0] = 1e6f, z[1] = -INFINITY, z[2] = 1e-7f;  // too large, too large, subnormal
+      k.to_half(z.data(), n, half.data());
+      for (uint32_t i = 0; i < n; ++i)
+        near("to_half", i, half_to_float(float_to_half(std::clamp(z[i], -65504.0f, 65504.0f))), half_to_float(half[i]), 0);
+    }
+
     std::vector<float> gate = random_floats(n, 12);
     gate[0] = -120, gate[n / 2] = 120;  // where exp would leave the floats
     for (bool gelu : {false, true}) {
