@@ -47,8 +47,8 @@ lint: $(DONE)/edgert $(DONE)/test
 # After a change to native/bind: the types Python sees, committed beside the package.
 stub: $(DONE)/edgert $(DONE)/test
 	$(BIN)/python -m nanobind.stubgen -q -m edgert._native -o edgert/_native.pyi
-	$(BIN)/ruff check -q --fix edgert/_native.pyi
 	$(BIN)/ruff format -q edgert/_native.pyi
+	$(BIN)/ruff check -q --fix edgert/_native.pyi
 
 bench: models
 	$(BIN)/python -m edgert.bench.compare

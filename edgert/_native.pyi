@@ -97,6 +97,9 @@ class Sampler:
     def accept(self, token: int) -> None:
         """A token of the reply, for all penalties."""
 
+    def retract(self) -> None:
+        """Takes back the last token accepted."""
+
     def sample(
         self,
         logits: Annotated[
@@ -123,7 +126,9 @@ class Sampler:
 class Model:
     """Packed weights of one model and the forward pass over them."""
 
-    def __init__(self, file: GgufFile, spec: dict, threads: int = 0) -> None: ...
+    def __init__(
+        self, file: GgufFile, spec: dict[str, Any], threads: int = 0, sidecar: GgufFile | None = None
+    ) -> None: ...
     @property
     def threads(self) -> int: ...
     @property
@@ -132,9 +137,16 @@ class Model:
     def vocab_size(self) -> int: ...
     @property
     def step_weight_bytes(self) -> int:
-        """Bytes of weights one decode step reads."""
+        """Bytes of weights one decode step reads with the dense head."""
 
-    def memory(self) -> dict:
+    @property
+    def step_body_bytes(self) -> int:
+        """The same without any head."""
+
+    def flash_bytes(self, probes: int) -> int:
+        """Bytes that flash() reads for so many clusters."""
+
+    def memory(self) -> dict[str, int]:
         """Resident bytes by part."""
 
     def forward(
@@ -146,6 +158,50 @@ class Model:
         """
         Appends int32 tokens; returns float32 logits after the last, [vocab], or after each, [n, vocab].
         """
+
+    def hidden(
+        self,
+        cache: Cache,
+        tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    ) -> NDArray[numpy.float32]:
+        """
+        Appends int32 tokens; returns the final residual of each, in front of the last norm, [n, dim].
+        """
+
+    def dense(
+        self,
+        hidden: Annotated[
+            NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)
+        ],
+    ) -> NDArray[numpy.float32]:
+        """
+        Logits of rows of hidden(), [n, vocab], by the whole head: the bits that forward() gives.
+        """
+
+    def flash(
+        self,
+        hidden: Annotated[
+            NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)
+        ],
+        probes: int,
+        more: Sequence[int],
+        out: SparseLogits,
+    ) -> None:
+        """
+        Logits of one row of hidden(), [dim], by a FlashHead, into `out`; see Decoder::flash.
+        """
+
+class SparseLogits:
+    """Logits of one position of which few are known; the others are -inf."""
+
+    def __init__(self, vocab_size: int) -> None: ...
+    @property
+    def array(self) -> NDArray[numpy.float32]:
+        """[vocab_size], a view that the next flash() changes."""
+
+    @property
+    def scored(self) -> int:
+        """How many logits are known."""
 
 class Cache:
     """KV cache of one sequence."""

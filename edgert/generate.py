@@ -5,11 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .exact import ExactHead
 from .sampling import Options, make_sampler
 
 if TYPE_CHECKING:
@@ -145,10 +147,15 @@ class Stream(Iterator[Piece]):
         room = session.context - len(prompt)
         self._limit = room if options.max_tokens is None else min(room, options.max_tokens)
         self._pieces: list[Piece] = []
-        self._bytes_per_token: int | None = session.model.engine.describe().get("weight_bytes_per_step")
         self._reused = 0
         self._finish: FinishReason | None = None
         self._cancelled = False
+        self._head = session.model.head
+        # Biased ids are scored whether a FlashHead would probe them or not.
+        more = list(options.logit_bias or ())
+        self._more = more
+        self._exact = ExactHead(session, self._sampler, more) if self._head == "exact" else None
+        self._ready: deque[tuple[int, Logits]] = deque()  # confirmed tokens not yet given out
         # Seconds of work: so far (making the prompt's ids is work), in prefill, until the first
         # token and until the last.
         self._spent = time.perf_counter() - began
@@ -198,7 +205,7 @@ class Stream(Iterator[Piece]):
             generation_seconds=self._last_at - self._first_at,
             time_to_first_token=self._first_at,
             peak_memory=peak_memory(),
-            bytes_per_token=self._bytes_per_token,
+            bytes_per_token=self._bytes_per_token(),
             seed=self._options.seed or 0,
             finish_reason=finish,
         )
@@ -208,16 +215,21 @@ class Stream(Iterator[Piece]):
         text = "".join(p.text for p in self._pieces)
         return Reply(text, tokens, stats, finish, self._stops.found, logprobs)
 
+    def _bytes_per_token(self) -> int | None:
+        engine = self._session.model.engine.describe()
+        if self._exact:
+            return self._exact.bytes_per_token(engine)
+        return engine.get("flash_bytes_per_step" if self._head == "flash" else "weight_bytes_per_step")
+
     def _advance(self) -> Piece:
-        logits = self._logits()
-        if logits is None:
+        chosen = self._choose()
+        if chosen is None:
             return self._emit(Piece("", None, finish_reason="cancelled"))
-        token = self._sampler.sample(logits, len(self._prompt) + len(self._pieces))
+        token, logits = chosen
         logprob: float | None = None
         best: list[tuple[int, float]] = []
         if self._options.logprobs is not None:
             logprob, best = self._sampler.logprobs(logits, token, self._options.logprobs)
-        self._sampler.accept(token)
         finish: FinishReason | None = "length" if len(self._pieces) + 1 >= self._limit else None
         text = ""
         if token in self._session.model.tokenizer.eos_ids:
@@ -226,12 +238,38 @@ class Stream(Iterator[Piece]):
             text = self._stops.push(self._decoder.push(token))
         return self._emit(Piece(text, token, logprob, tuple(best), finish))
 
-    def _logits(self) -> Logits | None:
-        """Logits for the next token; None when the reply was cancelled."""
-        if self._cancelled or not self._session.serves(self):
+    def _choose(self) -> tuple[int, Logits] | None:
+        """The next token, which the sampler has accepted, and logits for its log probability (of the
+        whole vocabulary when they are asked for); None when the reply was cancelled."""
+        session, position = self._session, len(self._prompt) + len(self._pieces)
+        if self._cancelled or not session.serves(self):
             return None
-        if self._pieces and (last := self._pieces[-1].token) is not None:
-            return self._session.step(last)
+        if self._ready:
+            return self._ready.popleft()
+        last = self._pieces[-1].token if self._pieces else None
+        if last is not None and self._exact:
+            left = self._limit - len(self._pieces)
+            ends = session.model.tokenizer.eos_ids
+            self._ready.extend(self._exact.block(last, position, left, ends, lambda: self._cancelled))
+            return self._ready.popleft()
+        exact: Logits | None = None
+        if last is None:
+            logits = self._prefill()
+        elif self._head == "flash":
+            hidden = session.hidden(last)
+            logits = session.flash(hidden, self._more)
+            if self._options.logprobs is not None:
+                exact = session.dense(hidden[None])[0]
+        else:
+            logits = session.step(last)
+        if logits is None:
+            return None
+        token = self._sampler.sample(logits, position)
+        self._sampler.accept(token)
+        return token, logits if exact is None else exact
+
+    def _prefill(self) -> Logits | None:
+        """Logits after the prompt; None when the reply was cancelled."""
         began = time.perf_counter()
         logits, self._reused = self._session.prefill(self._prompt, lambda: self._cancelled)
         self._prefill_time = time.perf_counter() - began

@@ -23,24 +23,10 @@ from edgert.download import (
     write_all,
 )
 from edgert.errors import DownloadError, EdgertError, UsageError
+from edgert.locate import cache_dir
 from edgert.models.catalogue import CATALOGUE, Entry, HubSource, WheelPart, WheelSource, find
 
 SIMPLE_JSON = "application/vnd.pypi.simple.v1+json"
-
-
-def cache_dir() -> Path:
-    """EDGERT_CACHE, else XDG_CACHE_HOME/edgert, else what this system uses for caches. It may not exist."""
-    own = os.environ.get("EDGERT_CACHE")
-    if own:
-        return Path(own).expanduser()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    if xdg and Path(xdg).is_absolute():
-        return Path(xdg) / "edgert"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "edgert"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "edgert" / "Cache"
-    return Path.home() / ".cache" / "edgert"
 
 
 def resolve(name_or_path: str | os.PathLike[str], progress: Reporter | None = None) -> Path:

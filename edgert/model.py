@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ from .engines import engine_for
 from .engines.base import Engine
 from .errors import ModelFileError, UsageError
 from .generate import Reply, Stream
+from .locate import model_path
 from .session import Message, Prompt, Session, finish
-from .session_file import fingerprint
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -29,6 +30,8 @@ def load(
     threads: int = 0,
     context: int | None = None,
     kv: str = "f16",
+    head: str = "auto",
+    probes: int = 0,
 ) -> Model:
     """Load a model.
 
@@ -36,12 +39,18 @@ def load(
     ``engine``: "native", "llamacpp", or "auto", which is native for what native knows.
     ``threads``: 0 takes as many as the machine has cores. ``context``: positions a session may
     hold; None is what the model was made for (memory is only taken as a session grows).
-    ``kv``: type of the cached keys and values ("f16"). Raises UsageError, ModelFileError,
-    UnsupportedModelError, TokenizerError or EngineError.
+    ``kv``: type of the cached keys and values ("f16"). ``head``: "dense"; "flash", which scores
+    the likely clusters of the vocabulary alone; "exact", which drafts with those and gives the dense
+    head's tokens; or "auto", flash where the model has a sidecar (``edgert export``), else dense.
+    ``probes``: clusters that flash scores (0: the sidecar's number). Raises UsageError,
+    ModelFileError, UnsupportedModelError, TokenizerError or EngineError.
     """
-    from . import hub
+    if head not in HEADS:
+        raise UsageError(f"unknown head {head!r}: expected one of {', '.join(HEADS)}")
+    if isinstance(probes, bool) or not isinstance(probes, int) or not 0 <= probes <= 2**20:
+        raise UsageError(f"probes must be 0 (the sidecar's number) to {2**20}, not {probes!r}")
 
-    file = _native.GgufFile(str(hub.resolve(name_or_path)))
+    file = _native.GgufFile(str(model_path(name_or_path)))
     metadata = file.metadata
     trained = _trained_context(file.path, metadata)
     if context is None:
@@ -50,8 +59,34 @@ def load(
         raise UsageError(f"context must be 2 to {trained}, which the model was made for, not {context!r}")
     tokenizer = _TokenizerLoader(metadata)
     tokenizer.start()
-    loaded = engine_for(file, metadata, engine, threads, kv, context)
-    return Model(loaded, tokenizer.result(), path=file.path, context=context, trained_context=trained, kv=kv)
+    sidecar = _sidecar(file.path, head, engine)
+    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes)
+    if head == "auto":
+        head = "flash" if sidecar and loaded.name == "native" else "dense"
+    return Model(
+        loaded, tokenizer.result(), path=file.path, context=context, trained_context=trained, kv=kv, head=head
+    )
+
+
+HEADS = ("auto", "dense", "flash", "exact")
+
+
+def _sidecar(path: str, head: str, engine: str) -> Path | None:
+    """The sidecar to load for ``head``. Raises UsageError when one is needed and there is none."""
+    if head == "dense" or engine == "llamacpp":
+        found = None
+    else:
+        from .sidecar import find_sidecar
+
+        found = find_sidecar(Path(path))
+    if found is None and head in ("flash", "exact"):
+        if engine == "llamacpp":
+            raise UsageError(f"head={head!r} needs the native engine; drop engine='llamacpp'")
+        raise UsageError(
+            f"{path} has no sidecar, which head={head!r} needs: make one with "
+            f"`edgert export {path} --flash-head`, or use head='dense'"
+        )
+    return found
 
 
 class _TokenizerLoader(threading.Thread):
@@ -82,13 +117,22 @@ class Model:
     """A model in memory; :func:`load` makes one. Safe to use from several threads; a context
     manager.
 
-    ``context`` is what a session may hold, ``trained_context`` what the model was made for.
+    ``context`` is what a session may hold, ``trained_context`` what the model was made for, ``head``
+    "dense", "flash" or "exact".
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, *, path: str, context: int, trained_context: int, kv: str
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        *,
+        path: str,
+        context: int,
+        trained_context: int,
+        kv: str,
+        head: str = "dense",
     ) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
+        self.engine, self.tokenizer, self.head = engine, tokenizer, head
         self.path, self.context, self.trained_context, self.kv = path, context, trained_context, kv
         self.vocab_size = engine.vocab_size
         self._fingerprint = ""
@@ -150,12 +194,24 @@ class Model:
             )
         return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
 
+    def head_note(self) -> str:
+        """One line on the head in use: what it scores and how often it agrees with the dense head."""
+        sidecar = getattr(self.engine, "sidecar", None)
+        if sidecar is None or self.head == "dense":
+            return "dense head"
+        probes = self.engine.describe()["probes"]
+        line = f"{self.head} head from {sidecar.path.name}, {probes} clusters of {sidecar.cluster_size}"
+        agreement = sidecar.agreement if probes == sidecar.probes else None
+        return line if agreement is None else f"{line}, {agreement:.2%} of the dense head's tokens"
+
     def memory(self) -> dict[str, int]:
         """Bytes by part, as the engine counts them."""
         return self.engine.memory()
 
     def identity(self) -> dict[str, str]:
         """What a saved session is bound to. Reads a part of the model file on first use."""
+        from .session_file import fingerprint
+
         self._fingerprint = self._fingerprint or fingerprint(self.path)
         return {"model": self._fingerprint, "engine": self.engine.name, "kv": self.kv}
 

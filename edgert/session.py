@@ -8,15 +8,15 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from . import session_file
 from .errors import EngineError, SessionFileError, UsageError
 from .generate import Reply, Stream
 from .sampling import make_options
 
 if TYPE_CHECKING:
     from .engines.base import EngineSession, Logits
+    from .engines.native import NativeSession
     from .model import Model
 
 Prompt = str | Sequence[int]
@@ -79,6 +79,8 @@ class Session:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cache to ``path``, whole or not at all."""
+        from . import session_file
+
         with self.lock:
             state = self._open().snapshot()
             session_file.write(path, self.model.identity(), self.tokens, state)
@@ -88,6 +90,8 @@ class Session:
 
         Raises SessionFileError when the file is damaged or of another model, UsageError when it is
         longer than this session's context. The session is then as it was before."""
+        from . import session_file
+
         tokens, state = session_file.read(path, self.model.identity())
         if len(tokens) > self.context:
             raise UsageError(
@@ -153,6 +157,40 @@ class Session:
         sequence = self._open()
         self._tokens.append(token)
         return sequence.step(token)
+
+    # What a FlashHead needs, and only the native engine has; see ``_native.Model`` for the shapes.
+
+    @property
+    def length(self) -> int:
+        return self._open().length
+
+    def hidden(self, token: int) -> Logits:
+        """Append a token and return the head's input after it, [dim]."""
+        sequence = self._native()
+        self._tokens.append(token)
+        return sequence.hidden(token)
+
+    def flash(self, hidden: Logits, more: Sequence[int]) -> Logits:
+        """Logits of ``hidden`` by the FlashHead, [vocab]: -inf for what it did not score. The ids
+        ``more`` are scored in any case. A view that the next call changes."""
+        return self._native().flash(hidden, more)
+
+    def dense(self, hidden: Logits) -> Logits:
+        """Logits of rows of head inputs by the whole head, [n, vocab]."""
+        return self._native().dense(hidden)
+
+    def rewind(self, length: int) -> None:
+        """Forget positions from ``length`` on."""
+        sequence = self._open()
+        if sequence.rewind(length) != length:
+            raise EngineError(f"the cache cannot go back to position {length}")
+        del self._tokens[length:]
+
+    def _native(self) -> NativeSession:
+        sequence = self._open()
+        if not hasattr(sequence, "flash"):
+            raise EngineError("only the native engine has a FlashHead: use head='dense'")
+        return cast("NativeSession", sequence)
 
     def _open(self) -> EngineSession:
         if self._closed:

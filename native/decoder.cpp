@@ -22,14 +22,14 @@ uint32_t usable_cpus() {
 
 }  // namespace
 
-Decoder::Decoder(const GgufFile& file, const ModelSpec& spec, uint32_t threads)
+Decoder::Decoder(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const GgufFile* sidecar)
     : spec_(spec), kernels_(kernels_for(isa_select())), pool_(threads ? threads : usable_cpus()) {
   if (spec.head_dim == 0 || spec.head_dim % 16 != 0 || spec.head_dim > kMaxHeadDim)
     throw UnsupportedModelError("attention heads of " + std::to_string(spec.head_dim) +
                                 " channels: the native engine takes multiples of 16 up to 256");
-  weights_ = load_weights(file, spec, kernels_, pool_);
+  weights_ = load_weights(file, spec, sidecar, kernels_, pool_);
 
-  scratch_ = std::make_unique<Scratch>(spec, pool_.threads());
+  scratch_ = std::make_unique<Scratch>(spec, weights_.flash, pool_.threads());
   for (const LayerSpec& l : scratch_->ropes) {
     std::vector<float>& f = scratch_->inv_freq.emplace_back();
     for (uint32_t p = 0; p < spec.rope_dims / 2; ++p) {
@@ -48,6 +48,12 @@ size_t Decoder::activation_bytes() const {
 size_t Decoder::step_weight_bytes() const {
   const size_t head = spec_.tied_head ? weights_.embedding_bytes : weights_.head_bytes;
   return weights_.body_bytes + head;
+}
+
+size_t Decoder::flash_bytes(uint32_t probes) const {
+  const FlashHead& f = weights_.flash;
+  const size_t rows = size_t(probes + f.special.size()) * f.cluster_size;
+  return f.router_bytes + rows / weights_.head.tile_rows * packed_tile_bytes(weights_.head.type, weights_.head.cols, weights_.head.tile_rows);
 }
 
 }  // namespace edgert

@@ -25,7 +25,6 @@ struct Decoder::Pass {
   const int32_t* tokens;
   uint32_t n, start;
   Want want;
-  float* logits;
 
   const ModelSpec& s = d.spec_;
   const Kernels& k = d.kernels_;
@@ -101,7 +100,9 @@ struct Decoder::Pass {
   void embed() {
     for_tokens([&](uint32_t i) {
       float* xi = x + size_t(i) * s.dim;
-      unpack_row(d.weights_.embedding, uint32_t(tokens[i]), xi);
+      const std::vector<uint32_t>& row = d.weights_.flash.row;
+      const bool moved = s.tied_head && !row.empty();
+      unpack_row(d.weights_.embedding, moved ? row[size_t(tokens[i])] : uint32_t(tokens[i]), xi);
       if (s.embed_scale != 1.0f)
         for (uint32_t c = 0; c < s.dim; ++c) xi[c] *= s.embed_scale;
     });
@@ -424,34 +425,6 @@ struct Decoder::Pass {
     project(l.down, layer + 1 < s.layers.size() ? d.weights_.layers[layer + 1].q : d.weights_.head);
   }
 
-  // Logits of tokens [first, first + count), count at most kHeadTokens. With a quantised head the
-  // input is coded in two parts: in decode the second is free, since the head waits for memory, and it
-  // takes the activation noise out of the logits.
-  void head(uint32_t first, uint32_t count, float* out) {
-    const PackedMatrix& m = d.weights_.head;
-    const bool quant = quantised(m);
-    QuantActs acts = me.head;
-    acts.cols = s.dim;
-    for (uint32_t i = 0; i < count; ++i) {
-      float* h = me.tmp + size_t(i) * s.dim;
-      k.rmsnorm(x + size_t(first + i) * s.dim, d.weights_.output_norm, s.norm_eps, s.dim, h);
-      if (quant) k.quantize(h, acts.token(i));
-    }
-    const uint32_t lanes = m.tile_rows;
-    uint32_t b, e;
-    while (w.claim(m.tiles(), b, e))
-      for (uint32_t t = b; t < e; ++t) {
-        const uint32_t rows = std::min(lanes, m.rows - t * lanes);
-        if (quant)
-          k.matmul(m, t, t + 1, acts, count, me.tile, lanes);
-        else
-          k.matmul_float(m, t, t + 1, me.tmp, count, me.tile, lanes);
-        for (uint32_t i = 0; i < count; ++i)
-          std::memcpy(out + size_t(i) * m.rows + size_t(t) * lanes, me.tile + size_t(i) * lanes, rows * sizeof(float));
-      }
-    w.barrier();
-  }
-
   void run() {
     embed();
     rope_tables();
@@ -472,13 +445,11 @@ struct Decoder::Pass {
     }
     if (want == Want::None) return;
     enter(true, post, nullptr, false);
-    if (want == Want::Last) return head(n - 1, 1, logits);
-    for (uint32_t i = 0; i < n; i += kHeadTokens)
-      head(i, std::min(kHeadTokens, n - i), logits + size_t(i) * s.vocab_size);
+    if (one && w.index() == 0) std::memcpy(sc.x, x, s.dim * sizeof(float));
   }
 };
 
-void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want want, float* logits) {
+void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want want, float* out) {
   for (uint32_t i = 0; i < n; ++i)
     if (tokens[i] < 0 || uint32_t(tokens[i]) >= spec_.vocab_size)
       throw EngineError("token id " + std::to_string(tokens[i]) + " is outside the vocabulary of " +
@@ -495,8 +466,10 @@ void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want wa
   for (uint32_t done = 0; done < n;) {
     const uint32_t count = std::min(n - done, kMaxChunk), start = cache.length();
     const Want now = want == Want::Last && done + count < n ? Want::None : want;
-    float* out = want == Want::All ? logits + size_t(done) * spec_.vocab_size : logits;
-    pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now, out}.run(); });
+    pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now}.run(); });
+    if (now == Want::Last) score(scratch_->x + size_t(count - 1) * spec_.dim, 1, out);
+    if (now == Want::All) score(scratch_->x, count, out + size_t(done) * spec_.vocab_size);
+    if (now == Want::Hidden) std::memcpy(out + size_t(done) * spec_.dim, scratch_->x, size_t(count) * spec_.dim * sizeof(float));
     cache.set_length(start + count);
     done += count;
   }

@@ -98,8 +98,21 @@ void Sampler::observe(const uint32_t* tokens, size_t n) {
 }
 
 void Sampler::accept(uint32_t token) {
+  const size_t before = touched_.size();
   observe(&token, 1);
+  accepted_.emplace_back(token, touched_.size() > before);
   if (penalties_) count_[token]++;
+}
+
+void Sampler::retract() {
+  require(!accepted_.empty(), "no token is left to take back");
+  const auto [token, fresh] = accepted_.back();
+  accepted_.pop_back();
+  if (!penalties_) return;
+  count_[token]--;
+  if (!fresh) return;
+  known_[token] = 0;
+  touched_.pop_back();
 }
 
 const float* Sampler::adjust(const float* logits) {

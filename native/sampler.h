@@ -48,6 +48,8 @@ class Sampler {
   void observe(const uint32_t* tokens, size_t n);
   // A token of the reply, for all penalties.
   void accept(uint32_t token);
+  // Takes back the last accept() not yet taken back. Throws EngineError when there is none.
+  void retract();
 
   // The token at `position` (tokens before it in the sequence). `logits` is [vocab_size].
   // Throws EngineError when a logit is NaN or +inf, or all are -inf. Changes no state.
@@ -89,6 +91,7 @@ class Sampler {
   std::vector<uint8_t> known_;      // [n] 1: in touched_
   std::vector<uint32_t> count_;     // [n] times in the reply
   std::vector<uint32_t> touched_;   // ids of prompt and reply, each once
+  std::vector<std::pair<uint32_t, bool>> accepted_;  // the reply, and whether an id was new in touched_
   std::vector<float> block_max_;    // [ceil(n / 256)] of the logits last scanned
   float max_ = 0;                   // of the logits last scanned
   std::vector<Candidate> candidates_;  // what a filter looks at

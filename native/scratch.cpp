@@ -19,7 +19,7 @@ QuantActs take_quant(Arena& a, size_t values) {
 
 }  // namespace
 
-Scratch::Scratch(const ModelSpec& spec, uint32_t thread_count) {
+Scratch::Scratch(const ModelSpec& spec, const FlashHead& flash, uint32_t thread_count) {
   uint32_t kv = 0;
   for (const LayerSpec& l : spec.layers) {
     kv = std::max(kv, l.n_kv_heads * spec.head_dim);
@@ -37,12 +37,16 @@ Scratch::Scratch(const ModelSpec& spec, uint32_t thread_count) {
   widest = padded(std::max({spec.dim, q_cols, spec.ffn_dim}));
   threads.resize(thread_count);
   Arena measure;
-  lay_out(measure, spec);
+  lay_out(measure, spec, flash);
   arena_ = Arena(measure.used(), "the activations");
-  lay_out(arena_, spec);
+  lay_out(arena_, spec, flash);
+  for (Private& p : threads) {
+    p.taken.resize(flash.clusters);
+    p.chosen.reserve(flash.clusters);
+  }
 }
 
-void Scratch::lay_out(Arena& a, const ModelSpec& spec) {
+void Scratch::lay_out(Arena& a, const ModelSpec& spec, const FlashHead& flash) {
   const size_t n = kMaxChunk, dim = spec.dim, codes = std::max<size_t>(widest, 2 * dim), rope = ropes.size() * n * (spec.rope_dims / 2);
   x = a.take<float>(n * dim);
   y = a.take<float>(n * padded(spec.dim));
@@ -54,6 +58,8 @@ void Scratch::lay_out(Arena& a, const ModelSpec& spec) {
   conv = a.take<float>(conv_layers ? n * dim : 0);
   in.f = a.take<float>(n * widest);
   in.q = take_quant(a, n * codes);
+  cluster = a.take<float>(padded(flash.clusters));
+  low = a.take<float>(padded(flash.projection.rows));
   cos = a.take<float>(rope);
   sin = a.take<float>(rope);
   for (Private& p : threads) {

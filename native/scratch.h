@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "decoder.h"
 #include "kernels.h"
 #include "kv.h"
 #include "memory.h"
@@ -10,7 +11,7 @@
 
 namespace edgert {
 
-inline constexpr uint32_t kHeadTokens = 4;   // tokens whose logits are computed together
+inline constexpr uint32_t kHeadTokens = 16;  // most tokens whose logits are computed on one way through the head
 inline constexpr uint32_t kRowsAtOnce = 48;  // query rows of one prefill attention item
 inline constexpr uint32_t kMaxHeadDim = 256;
 
@@ -26,7 +27,7 @@ struct Input {
 // "Shared" buffers hold all tokens of a chunk. Each thread also has a private set for one token: a
 // decode step repeats the cheap parts on every thread instead of meeting at a barrier for them.
 struct Scratch {
-  Scratch(const ModelSpec& spec, uint32_t threads);
+  Scratch(const ModelSpec& spec, const FlashHead& flash, uint32_t threads);
 
   struct Private {
     float* x;          // [dim] residual stream
@@ -36,6 +37,8 @@ struct Scratch {
     float* tile;       // [kHeadTokens][16]
     float* scores;     // [16][kChunkTokens]
     float *max, *sum;  // [kRowsAtOnce]
+    std::vector<uint32_t> chosen;  // clusters a FlashHead scores
+    std::vector<uint8_t> taken;    // [clusters] 1: in `chosen`
   };
 
   uint32_t q_cols, kv_cols;  // row strides of q and of k, v
@@ -48,6 +51,8 @@ struct Scratch {
   float *gate, *up;     // [kMaxChunk][ffn]
   float* conv;          // [kMaxChunk][dim] output of the convolution, if the model has any
   Input in;             // [kMaxChunk][widest], or [kMaxChunk][dim] in two parts
+  float* cluster;       // [clusters], padded: scores of a FlashHead's clusters
+  float* low;           // [rank] low-rank image of the head's input
   float *cos, *sin;     // [rope kinds][kMaxChunk][rope_dims / 2]
   std::vector<Private> threads;
 
@@ -62,7 +67,7 @@ struct Scratch {
   size_t bytes() const { return arena_.bytes() + partial.capacity() * sizeof(float); }
 
  private:
-  void lay_out(Arena& a, const ModelSpec& spec);
+  void lay_out(Arena& a, const ModelSpec& spec, const FlashHead& flash);
   Arena arena_;
 };
 

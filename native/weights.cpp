@@ -1,5 +1,6 @@
 // Loading: file tensors into packed tiles.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <exception>
 #include <mutex>
@@ -20,14 +21,16 @@ std::string shape_text(const std::vector<uint64_t>& dims) {
 // Walks the tensors of the spec twice: first to size the arena, then to fill it.
 class Loader {
  public:
-  Loader(const GgufFile& file, const ModelSpec& spec, const Kernels& kernels, Pool& pool)
-      : file_(file), spec_(spec), lanes_(kernels.lanes), pool_(pool) {}
+  Loader(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, const Kernels& kernels, Pool& pool)
+      : file_(file), spec_(spec), sidecar_(sidecar), lanes_(kernels.lanes), pool_(pool) {}
 
   Weights load() {
     Arena measure;
     Weights sizes;
+    if (sidecar_) read_clusters(sizes.flash);
     walk(sizes, measure);
     Weights w;
+    w.flash = std::move(sizes.flash);
     w.arena = Arena(measure.used(), "the weights");
     walk(w, w.arena);
     return w;
@@ -35,12 +38,12 @@ class Loader {
 
  private:
   const TensorInfo& tensor(const std::string& name, const std::vector<uint64_t>& dims) {
-    const TensorInfo* t = file_.find(name);
-    if (!t) throw ModelFileError(file_.path(), -1, name, "tensor " + name + " of shape " + shape_text(dims) + " is missing");
+    const TensorInfo* t = from_->find(name);
+    if (!t) throw ModelFileError(from_->path(), -1, name, "tensor " + name + " of shape " + shape_text(dims) + " is missing");
     std::vector<uint64_t> found = t->dims;
     while (found.size() > dims.size() && found.back() == 1) found.pop_back();
     if (found != dims)
-      throw ModelFileError(file_.path(), int64_t(t->offset), name,
+      throw ModelFileError(from_->path(), int64_t(t->offset), name,
                            "tensor " + name + ": expected shape " + shape_text(dims) + ", found " + shape_text(t->dims));
     return *t;
   }
@@ -53,7 +56,7 @@ class Loader {
     float* dst = arena_->take<float>(n);
     if (!dst) return nullptr;
     std::vector<uint8_t> raw(t.nbytes);
-    file_.read(t, 0, raw.data(), raw.size());
+    from_->read(t, 0, raw.data(), raw.size());
     dequantize(t.type, raw.data(), dst, n);
     return dst;
   }
@@ -76,11 +79,13 @@ class Loader {
 
   // Matrices that a step reads side by side lie tile by tile in turn, so that a thread's share of
   // both is one stretch of memory. All have the same rows and cols.
+  // With an `order`, row i is that of the file's row order[i], or zeros for kPadding.
   void matrices(const std::vector<std::string>& names, uint32_t rows, uint32_t cols,
-                const std::vector<PackedMatrix*>& out, size_t& bytes) {
+                const std::vector<PackedMatrix*>& out, size_t& bytes, const std::vector<uint32_t>& order = {}) {
     size_t stride = 0;
     for (size_t i = 0; i < names.size(); ++i) {
       *out[i] = plan(names[i], rows, cols);
+      if (!order.empty()) out[i]->rows = uint32_t(order.size());
       stride += out[i]->stride;
     }
     const uint32_t tiles = out[0]->tiles();
@@ -94,16 +99,17 @@ class Loader {
       out[i]->data = base + at;
       out[i]->stride = stride;
       at += tile;
-      pack(*file_.find(names[i]), *out[i]);
+      pack(*from_->find(names[i]), rows, *out[i], order);
     }
   }
 
-  void matrix(const std::string& name, uint32_t rows, uint32_t cols, PackedMatrix& out, size_t& bytes) {
-    matrices({name}, rows, cols, {&out}, bytes);
+  void matrix(const std::string& name, uint32_t rows, uint32_t cols, PackedMatrix& out, size_t& bytes,
+              const std::vector<uint32_t>& order = {}) {
+    matrices({name}, rows, cols, {&out}, bytes, order);
   }
 
-  void pack(const TensorInfo& t, const PackedMatrix& m) {
-    const size_t row_bytes = t.nbytes / m.rows;
+  void pack(const TensorInfo& t, uint32_t file_rows, const PackedMatrix& m, const std::vector<uint32_t>& order) {
+    const size_t row_bytes = t.nbytes / file_rows;
     // The file is read in pieces of about 256 KiB, whole tiles each.
     const uint32_t per = uint32_t(std::max<size_t>(1, (size_t(256) << 10) / (row_bytes * m.tile_rows)));
     const uint32_t pieces = (m.tiles() + per - 1) / per;
@@ -117,7 +123,14 @@ class Loader {
             const uint32_t first = piece * per * m.tile_rows;
             const uint32_t rows = std::min(per * m.tile_rows, m.rows - first);
             raw.resize(rows * row_bytes);
-            file_.read(t, first * row_bytes, raw.data(), raw.size());
+            if (order.empty()) from_->read(t, first * row_bytes, raw.data(), raw.size());
+            for (uint32_t r = 0; r < rows && !order.empty(); ++r) {
+              uint8_t* dst = raw.data() + r * row_bytes;
+              if (const uint32_t row = order[first + r]; row != FlashHead::kPadding)
+                from_->read(t, row * row_bytes, dst, row_bytes);
+              else
+                std::memset(dst, 0, row_bytes);  // zeros in every type
+            }
             for (uint32_t r = 0; r < rows; r += m.tile_rows)
               pack_tile(m.type, raw.data() + r * row_bytes, std::min(m.tile_rows, rows - r), m.cols, m.tile_rows,
                         const_cast<uint8_t*>(m.tile((first + r) / m.tile_rows)));
@@ -133,7 +146,8 @@ class Loader {
   void walk(Weights& w, Arena& arena) {
     arena_ = &arena;
     const uint32_t d = spec_.dim, hd = spec_.head_dim, f = spec_.ffn_dim;
-    matrix("token_embd.weight", spec_.vocab_size, d, w.embedding, w.embedding_bytes);
+    const std::vector<uint32_t> in_order, &head_order = w.flash.token;
+    matrix("token_embd.weight", spec_.vocab_size, d, w.embedding, w.embedding_bytes, spec_.tied_head ? head_order : in_order);
     w.output_norm = vec(spec_.output_norm, d, w.body_bytes);
     if (spec_.rope_factors) w.rope_factors = vec("rope_freqs.weight", spec_.rope_dims / 2, w.body_bytes);
     w.layers.assign(spec_.layers.size(), {});
@@ -173,11 +187,92 @@ class Loader {
     if (spec_.tied_head)
       w.head = w.embedding;
     else
-      matrix("output.weight", spec_.vocab_size, d, w.head, w.head_bytes);
+      matrix("output.weight", spec_.vocab_size, d, w.head, w.head_bytes, head_order);
+    if (sidecar_) {
+      from_ = sidecar_;
+      routers(w.flash);
+      from_ = &file_;
+    }
+  }
+
+  [[noreturn]] void refuse(const std::string& key, const std::string& what) const {
+    throw ModelFileError(sidecar_->path(), -1, key, key + ": " + what + "; export the sidecar again");
+  }
+
+  const std::vector<int32_t>& integers(const std::string& key) const {
+    const MetaValue* value = sidecar_->get(key);
+    const auto* found = value ? std::get_if<std::vector<int32_t>>(&value->v) : nullptr;
+    if (!found) refuse(key, "expected an array of int32, found " + std::string(value ? "something else" : "nothing"));
+    return *found;
+  }
+
+  uint32_t cluster_of(const FlashHead& f, int32_t id, const std::string& key) const {
+    if (id < 0 || uint32_t(id) >= spec_.vocab_size)
+      refuse(key, "expected token ids below " + std::to_string(spec_.vocab_size) + ", found " + std::to_string(id));
+    return f.row[size_t(id)] / f.cluster_size;
+  }
+
+  // Which token each row of the head belongs to.
+  void read_clusters(FlashHead& f) const {
+    const std::string size_key = "edgert.head.cluster_size", key = "edgert.head.tokens";
+    const MetaValue* size = sidecar_->get(size_key);
+    const auto* value = size ? std::get_if<uint64_t>(&size->v) : nullptr;
+    if (!value || *value == 0 || *value % 16 != 0 || *value > 4096)
+      refuse(size_key, "expected a multiple of 16 up to 4096");
+    f.cluster_size = uint32_t(*value);
+    const std::vector<int32_t>& tokens = integers(key);
+    if (tokens.empty() || tokens.size() % f.cluster_size != 0 || tokens.size() > size_t(spec_.vocab_size) + 16 * size_t(f.cluster_size) * 64)
+      refuse(key, "expected whole clusters of " + std::to_string(f.cluster_size) + " for a vocabulary of " +
+                      std::to_string(spec_.vocab_size) + ", found " + std::to_string(tokens.size()) + " rows");
+    f.clusters = uint32_t(tokens.size() / f.cluster_size);
+    f.row.assign(spec_.vocab_size, FlashHead::kPadding);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const int32_t id = tokens[i];
+      f.token.push_back(id == -1 ? FlashHead::kPadding : uint32_t(id));
+      if (id == -1) continue;
+      if (id < 0 || uint32_t(id) >= spec_.vocab_size || f.row[size_t(id)] != FlashHead::kPadding)
+        refuse(key, "row " + std::to_string(i) + " names token " + std::to_string(id) + ", which is outside the vocabulary or there twice");
+      f.row[size_t(id)] = uint32_t(i);
+    }
+    for (uint32_t id = 0; id < spec_.vocab_size; ++id)
+      if (f.row[id] == FlashHead::kPadding) refuse(key, "token " + std::to_string(id) + " has no row");
+    for (int32_t id : integers("edgert.head.special")) {
+      const uint32_t c = cluster_of(f, id, "edgert.head.special");
+      if (std::find(f.special.begin(), f.special.end(), c) == f.special.end()) f.special.push_back(c);
+    }
+  }
+
+  // The tensors that score the clusters.
+  void routers(FlashHead& f) {
+    f.router_bytes = 0;
+    if (const TensorInfo* t = sidecar_->find("head.projection")) {
+      const uint64_t rank = t->dims.size() == 2 ? t->dims[1] : 0;
+      if (rank == 0 || rank % 32 != 0 || rank > spec_.dim) refuse("head.projection", "expected a rank that is a multiple of 32");
+      finite_matrix("head.projection", uint32_t(rank), spec_.dim, f.projection, f.router_bytes);
+      finite_matrix("head.rows", uint32_t(f.token.size()), uint32_t(rank), f.routers, f.router_bytes);
+      return;
+    }
+    finite_matrix("head.routers", f.clusters, spec_.dim, f.routers, f.router_bytes);
+    f.bias = vec("head.bias", f.clusters, f.router_bytes);
+    for (uint32_t c = 0; f.bias && c < f.clusters; ++c)
+      if (!std::isfinite(f.bias[c])) refuse("head.bias", "expected numbers, found NaN or infinity");
+  }
+
+  void finite_matrix(const std::string& name, uint32_t rows, uint32_t cols, PackedMatrix& out, size_t& bytes) {
+    matrix(name, rows, cols, out, bytes);
+    if (!out.data) return;
+    std::vector<float> row(cols);
+    for (uint32_t r = 0; r < rows; ++r) {
+      unpack_row(out, r, row.data());
+      for (float x : row)
+        if (!std::isfinite(x)) refuse(name, "row " + std::to_string(r) + ": expected numbers, found NaN or infinity");
+    }
   }
 
   const GgufFile& file_;
   const ModelSpec& spec_;
+  const GgufFile* sidecar_;
+  const GgufFile* from_ = &file_;  // where tensors are looked for
   uint32_t lanes_;
   Pool& pool_;
   Arena* arena_ = nullptr;
@@ -185,8 +280,9 @@ class Loader {
 
 }  // namespace
 
-Weights load_weights(const GgufFile& file, const ModelSpec& spec, const Kernels& kernels, Pool& pool) {
-  return Loader(file, spec, kernels, pool).load();
+Weights load_weights(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, const Kernels& kernels,
+                     Pool& pool) {
+  return Loader(file, spec, sidecar, kernels, pool).load();
 }
 
 }  // namespace edgert

@@ -168,9 +168,9 @@ def _line_editing() -> Iterator[None]:
     except ImportError:  # some Pythons are built without it
         yield
         return
-    from edgert import hub
+    from edgert.locate import cache_dir
 
-    path = hub.cache_dir() / "chat_history"
+    path = cache_dir() / "chat_history"
     readline.set_history_length(HISTORY_LINES)
     with contextlib.suppress(OSError):
         readline.read_history_file(path)

@@ -34,8 +34,9 @@ def main(args: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """Everything the doctor says, as plain values; sizes in bytes. Stores the measured bandwidth for
     `edgert run`. Raises EngineError when EDGERT_ISA names a level this machine lacks."""
-    from edgert import _native, hub
+    from edgert import _native
     from edgert.cli.speed import store_probe
+    from edgert.locate import cache_dir
     from edgert.platforms.detect import detect
 
     machine = detect()
@@ -48,7 +49,7 @@ def examine() -> dict[str, Any]:
     rates, share = _measure(counts)
     if share >= BUSY_BELOW:
         store_probe(rates)
-    cache = hub.cache_dir()
+    cache = cache_dir()
     facts: dict[str, Any] = {
         **asdict(machine),
         "threads": machine.threads,

@@ -31,6 +31,16 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument("--engine", default="auto", metavar="NAME", help="auto (default), native or llamacpp")
     load.add_argument(
+        "--head",
+        default="auto",
+        metavar="NAME",
+        help="auto (default): flash if the model has a sidecar; dense, flash, or exact, "
+        "which drafts with flash and gives dense's tokens",
+    )
+    load.add_argument(
+        "--probes", type=int, default=0, metavar="N", help="clusters flash scores; default: the sidecar's"
+    )
+    load.add_argument(
         "--kv", default="f16", metavar="TYPE", help="type of the keys and values kept; default: f16"
     )
 
@@ -86,19 +96,30 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_model(args: argparse.Namespace) -> Model:
     """Find, fetch if need be, and load the model that ``args`` names."""
-    from edgert import hub
     from edgert.cli.progress import Bar
+    from edgert.locate import model_path
     from edgert.model import load
 
-    path = hub.resolve(args.model, Bar())
+    path = model_path(args.model, Bar())
     terminal = sys.stderr.isatty()
     if terminal:
         print(f"loading {args.model} …", end="", file=sys.stderr, flush=True)
     try:
-        return load(path, engine=args.engine, threads=args.threads, context=args.context, kv=args.kv)
+        model = load(
+            path,
+            engine=args.engine,
+            threads=args.threads,
+            context=args.context,
+            kv=args.kv,
+            head=args.head,
+            probes=args.probes,
+        )
     finally:
         if terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    if args.head == "auto" and model.head == "flash":
+        print(f"edgert: {model.head_note()}; --head exact gives them all", file=sys.stderr)
+    return model
 
 
 def first_messages(system: str | None) -> list[dict[str, str]]:

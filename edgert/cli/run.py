@@ -88,8 +88,6 @@ def _start(model: Model, args: argparse.Namespace, prompt: str, options: dict[st
 
 
 def _print_text(model: Model, stream: Stream) -> int:
-    from edgert.cli.speed import speed_line, speed_report
-
     out = sys.stdout
     interrupted = False
     try:
@@ -104,6 +102,8 @@ def _print_text(model: Model, stream: Stream) -> int:
         out.flush()
     if interrupted:
         raise KeyboardInterrupt
+    from edgert.cli.speed import speed_line, speed_report  # after the text: nobody waits for it
+
     print(speed_line(speed_report(model, reply.stats)), file=sys.stderr)
     return 0
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgert import hub
 from edgert.download import size_text
 from edgert.errors import EngineError
+from edgert.locate import cache_dir
 
 if TYPE_CHECKING:
     from edgert.generate import Stats
@@ -22,7 +22,7 @@ QUICK_PROBE = 0.15  # seconds of reading; setting up the probe's memory costs ab
 
 def probe_file() -> Path:
     """Where `edgert doctor` leaves what it measured."""
-    return hub.cache_dir() / "bandwidth.json"
+    return cache_dir() / "bandwidth.json"
 
 
 def machine_key() -> str:
@@ -66,7 +66,7 @@ def bytes_per_token(model: Model, stats: Stats) -> float:
 
     spec = getattr(model.engine, "spec", None)
     # Packed weights may be larger or smaller than those of the file; native says what it reads.
-    weights = model.engine.describe().get("weight_bytes_per_step")
+    weights = stats.bytes_per_token
     if spec is None or weights is None:
         from edgert import _native
         from edgert.cost import weight_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from edgert import _native
@@ -36,11 +37,14 @@ def engine_for(
     threads: int,
     kv: str,
     context: int | None,
+    sidecar: Path | None = None,
+    probes: int = 0,
 ) -> Engine:
     """Load an open file, whose ``metadata`` the caller has at hand, into an engine.
 
     "auto" is native for what native knows, else llamacpp if it is installed. ``context`` is the
-    longest session that will be asked for (None: what the model was made for). Raises UsageError,
+    longest session that will be asked for (None: what the model was made for). ``sidecar`` and
+    ``probes`` (0: the sidecar's own number) are for native alone. Raises UsageError,
     UnsupportedModelError, ModelFileError or EngineError.
     """
     if engine not in ENGINES:
@@ -52,7 +56,7 @@ def engine_for(
     if engine == "llamacpp":
         return llamacpp.open(file.path, threads, context)
     try:
-        return _open_native(file, metadata, threads)
+        return _open_native(file, metadata, threads, sidecar, probes)
     except UnsupportedModelError as error:
         what = f"{file.path}: the native engine cannot run this model: {error}"
         if engine == "native":
@@ -67,7 +71,9 @@ def engine_for(
         raise UnsupportedModelError(f"{what}, nor can the llamacpp engine: {error}") from error
 
 
-def _open_native(file: _native.GgufFile, metadata: Mapping[str, Any], threads: int) -> Engine:
+def _open_native(
+    file: _native.GgufFile, metadata: Mapping[str, Any], threads: int, sidecar: Path | None, probes: int
+) -> Engine:
     from edgert.models import BadModelMetadata, UnsupportedArchitecture, load_spec
 
     from .native import NativeEngine
@@ -78,4 +84,9 @@ def _open_native(file: _native.GgufFile, metadata: Mapping[str, Any], threads: i
         raise UnsupportedModelError(str(error)) from error
     except BadModelMetadata as error:
         raise ModelFileError(f"{file.path}: {error}", file.path) from error
-    return NativeEngine(file, spec, threads)
+    opened = None
+    if sidecar is not None:
+        from edgert.sidecar import Sidecar
+
+        opened = Sidecar(sidecar, Path(file.path))
+    return NativeEngine(file, spec, threads, opened, probes)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgert import _native
 from edgert.engines.base import Logits
+from edgert.errors import EngineError
 from edgert.models import ModelSpec
+
+if TYPE_CHECKING:
+    from edgert.sidecar import Sidecar
 
 # Tokens of one call into the core: short enough that Ctrl-C is answered while a long prompt runs.
 CHUNK = 256
@@ -18,9 +22,11 @@ CHUNK = 256
 class NativeSession:
     """One sequence of the native engine. See :class:`edgert.engines.base.EngineSession`."""
 
-    def __init__(self, model: _native.Model, context: int) -> None:
+    def __init__(self, model: _native.Model, context: int, probes: int) -> None:
         self._model = model
         self._cache = _native.Cache(model, context)
+        self._probes = probes
+        self._logits = _native.SparseLogits(model.vocab_size) if probes else None
 
     @property
     def length(self) -> int:
@@ -48,6 +54,19 @@ class NativeSession:
     def score(self, tokens: Sequence[int]) -> Logits:
         return self._model.forward(self._cache, np.asarray(tokens, dtype=np.int32), True)
 
+    def hidden(self, token: int) -> Logits:
+        state: Logits = self._model.hidden(self._cache, np.array([token], dtype=np.int32))[0]
+        return state
+
+    def dense(self, hidden: Logits) -> Logits:
+        return self._model.dense(hidden)
+
+    def flash(self, hidden: Logits, more: Sequence[int]) -> Logits:
+        if self._logits is None:
+            raise EngineError("this model was loaded without a FlashHead: export one, or use head='dense'")
+        self._model.flash(hidden, self._probes, list(more), self._logits)
+        return self._logits.array
+
     def rewind(self, length: int) -> int:
         return self._cache.rewind(length)
 
@@ -62,17 +81,25 @@ class NativeSession:
 
 
 class NativeEngine:
-    """A model loaded into the native core: dense attention, dense head.
+    """A model loaded into the native core, with the FlashHead of its sidecar if there is one.
 
-    ``threads`` 0 means one for each CPU this process may use. Raises ModelFileError,
-    UnsupportedModelError or EngineError.
+    ``threads`` 0 means one for each CPU this process may use; ``probes`` 0 the sidecar's own number of
+    clusters. Raises ModelFileError, UnsupportedModelError or EngineError.
     """
 
     name = "native"
 
-    def __init__(self, file: _native.GgufFile, spec: ModelSpec, threads: int = 0) -> None:
-        self.spec = spec
-        self._model = _native.Model(file, spec.as_dict(), threads)
+    def __init__(
+        self,
+        file: _native.GgufFile,
+        spec: ModelSpec,
+        threads: int = 0,
+        sidecar: Sidecar | None = None,
+        probes: int = 0,
+    ) -> None:
+        self.spec, self.sidecar = spec, sidecar
+        self.probes = (probes or sidecar.probes) if sidecar else 0
+        self._model = _native.Model(file, spec.as_dict(), threads, sidecar.file if sidecar else None)
 
     @property
     def vocab_size(self) -> int:
@@ -83,18 +110,24 @@ class NativeEngine:
         return self.spec.context_length
 
     def session(self, context: int) -> NativeSession:
-        return NativeSession(self._model, context)
+        return NativeSession(self._model, context, self.probes)
 
     def memory(self) -> dict[str, int]:
         return self._model.memory()
 
     def describe(self) -> dict[str, Any]:
-        return {
+        model = self._model
+        described = {
             "engine": self.name,
-            "isa": self._model.isa,
-            "threads": self._model.threads,
-            "weight_bytes_per_step": self._model.step_weight_bytes,
+            "isa": model.isa,
+            "threads": model.threads,
+            "weight_bytes_per_step": model.step_weight_bytes,
         }
+        if self.sidecar:
+            described["body_bytes_per_step"] = model.step_body_bytes
+            described["flash_bytes_per_step"] = model.step_body_bytes + model.flash_bytes(self.probes)
+            described["probes"] = self.probes
+        return described
 
     def close(self) -> None:
         del self._model

@@ -1,7 +1,11 @@
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <memory>
+#include <optional>
 
 #include "bind.h"
 #include "decoder.h"
@@ -13,6 +17,8 @@ using namespace edgert;
 namespace {
 
 using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Hidden = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Row = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Logits = nb::ndarray<nb::numpy, float>;
 
 ModelSpec to_spec(nb::dict d) {
@@ -52,6 +58,12 @@ ModelSpec to_spec(nb::dict d) {
   return s;
 }
 
+Logits to_array(std::unique_ptr<float[]> data, std::initializer_list<size_t> shape) {
+  float* p = data.release();
+  nb::capsule owner(p, [](void* q) noexcept { delete[] static_cast<float*>(q); });
+  return Logits(p, shape, owner);
+}
+
 Logits forward(Decoder& d, KvCache& cache, Tokens tokens, bool all) {
   const uint32_t n = uint32_t(tokens.shape(0));
   const size_t vocab = d.spec().vocab_size, rows = all ? n : 1;
@@ -60,10 +72,50 @@ Logits forward(Decoder& d, KvCache& cache, Tokens tokens, bool all) {
     nb::gil_scoped_release release;
     d.forward(cache, tokens.data(), n, all ? Decoder::Want::All : Decoder::Want::Last, out.get());
   }
-  float* data = out.release();
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
-  if (all) return Logits(data, {rows, vocab}, owner);
-  return Logits(data, {vocab}, owner);
+  if (all) return to_array(std::move(out), {rows, vocab});
+  return to_array(std::move(out), {vocab});
+}
+
+Logits hidden(Decoder& d, KvCache& cache, Tokens tokens) {
+  const size_t n = tokens.shape(0), dim = d.spec().dim;
+  auto out = std::make_unique<float[]>(n * dim);
+  {
+    nb::gil_scoped_release release;
+    d.forward(cache, tokens.data(), uint32_t(n), Decoder::Want::Hidden, out.get());
+  }
+  return to_array(std::move(out), {n, dim});
+}
+
+void check_dim(const Decoder& d, size_t dim) {
+  if (dim != d.spec().dim)
+    throw EngineError("expected rows of " + std::to_string(d.spec().dim) + " floats, found " + std::to_string(dim));
+}
+
+Logits dense(Decoder& d, Hidden h) {
+  check_dim(d, h.shape(1));
+  const size_t n = h.shape(0), vocab = d.spec().vocab_size;
+  auto out = std::make_unique<float[]>(n * vocab);
+  {
+    nb::gil_scoped_release release;
+    d.dense(h.data(), uint32_t(n), out.get());
+  }
+  return to_array(std::move(out), {n, vocab});
+}
+
+// Logits of one position that stay in one place: -inf but for the tokens last scored.
+struct SparseLogits {
+  explicit SparseLogits(uint32_t vocab) : logits(vocab, -INFINITY) {}
+  std::vector<float> logits;
+  std::vector<uint32_t> scored;
+};
+
+void flash(Decoder& d, Row hidden, uint32_t probes, const std::vector<uint32_t>& more, SparseLogits& out) {
+  check_dim(d, hidden.shape(0));
+  if (out.logits.size() != d.spec().vocab_size) throw EngineError("the logits are those of another model");
+  nb::gil_scoped_release release;
+  for (uint32_t id : out.scored) out.logits[id] = -INFINITY;
+  out.scored.clear();
+  d.flash(hidden.data(), probes, more, out.logits.data(), out.scored);
 }
 
 nb::typed<nb::dict, nb::str, nb::int_> memory(const Decoder& d) {
@@ -71,6 +123,7 @@ nb::typed<nb::dict, nb::str, nb::int_> memory(const Decoder& d) {
   m["body"] = d.weights().body_bytes;
   m["embedding"] = d.weights().embedding_bytes;
   m["head"] = d.weights().head_bytes;
+  m["flash_head"] = d.weights().flash.router_bytes + 4 * (d.weights().flash.token.size() + d.weights().flash.row.size());
   m["activations"] = d.activation_bytes();
   return m;
 }
@@ -81,19 +134,36 @@ void bind_engine(nb::module_& m) {
   nb::class_<Decoder>(m, "Model", "Packed weights of one model and the forward pass over them.")
       .def(
           "__init__",
-          [](Decoder* self, const GgufFile& file, nb::typed<nb::dict, nb::str, nb::any> spec, uint32_t threads) {
+          [](Decoder* self, const GgufFile& file, nb::typed<nb::dict, nb::str, nb::any> spec, uint32_t threads,
+             const GgufFile* sidecar) {
             const ModelSpec s = to_spec(spec);
             nb::gil_scoped_release release;
-            new (self) Decoder(file, s, threads);
+            new (self) Decoder(file, s, threads, sidecar);
           },
-          nb::arg("file"), nb::arg("spec"), nb::arg("threads") = 0)
+          nb::arg("file"), nb::arg("spec"), nb::arg("threads") = 0, nb::arg("sidecar").none() = nb::none())
       .def_prop_ro("threads", &Decoder::threads)
       .def_prop_ro("isa", [](const Decoder& d) { return isa_name(d.isa()); })
       .def_prop_ro("vocab_size", [](const Decoder& d) { return d.spec().vocab_size; })
-      .def_prop_ro("step_weight_bytes", &Decoder::step_weight_bytes, "Bytes of weights one decode step reads.")
+      .def_prop_ro("step_weight_bytes", &Decoder::step_weight_bytes, "Bytes of weights one decode step reads with the dense head.")
+      .def_prop_ro("step_body_bytes", &Decoder::step_body_bytes, "The same without any head.")
+      .def("flash_bytes", &Decoder::flash_bytes, nb::arg("probes"), "Bytes that flash() reads for so many clusters.")
       .def("memory", &memory, "Resident bytes by part.")
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens").noconvert(), nb::arg("all_logits") = false,
-           "Appends int32 tokens; returns float32 logits after the last, [vocab], or after each, [n, vocab].");
+           "Appends int32 tokens; returns float32 logits after the last, [vocab], or after each, [n, vocab].")
+      .def("hidden", &hidden, nb::arg("cache"), nb::arg("tokens").noconvert(),
+           "Appends int32 tokens; returns the final residual of each, in front of the last norm, [n, dim].")
+      .def("dense", &dense, nb::arg("hidden").noconvert(),
+           "Logits of rows of hidden(), [n, vocab], by the whole head: the bits that forward() gives.")
+      .def("flash", &flash, nb::arg("hidden").noconvert(), nb::arg("probes"), nb::arg("more"), nb::arg("out"),
+           "Logits of one row of hidden(), [dim], by a FlashHead, into `out`; see Decoder::flash.");
+
+  nb::class_<SparseLogits>(m, "SparseLogits", "Logits of one position of which few are known; the others are -inf.")
+      .def(nb::init<uint32_t>(), nb::arg("vocab_size"))
+      .def_prop_ro("array", [](nb::handle_t<SparseLogits> self) {
+        SparseLogits& l = nb::cast<SparseLogits&>(self);
+        return Logits(l.logits.data(), {l.logits.size()}, self);
+      }, "[vocab_size], a view that the next flash() changes.")
+      .def_prop_ro("scored", [](const SparseLogits& l) { return l.scored.size(); }, "How many logits are known.");
 
   nb::class_<KvCache>(m, "Cache", "KV cache of one sequence.")
       .def(

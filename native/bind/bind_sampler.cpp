@@ -41,6 +41,7 @@ void bind_sampler(nb::module_& m) {
       .def("observe", [](Sampler& s, const std::vector<uint32_t>& tokens) { s.observe(tokens.data(), tokens.size()); },
            "tokens"_a, "Tokens of the prompt, for the repetition penalty.")
       .def("accept", &Sampler::accept, "token"_a, "A token of the reply, for all penalties.")
+      .def("retract", &Sampler::retract, "Takes back the last token accepted.")
       .def("sample",
            [](Sampler& s, const LogitArray& logits, uint64_t position) {
              return s.sample(checked(s, logits), position);
