@@ -1,5 +1,5 @@
-"""The `edgert` command. A verb is a module of this package with ``add_arguments(parser)`` and
-``main(args) -> int``; only the one that is asked for is imported.
+"""The `edgert` command. A verb is a module with ``add_arguments(parser)`` and ``main(args) -> int``, of this
+package or of one that builds on it; only the one that is asked for is imported.
 
 Exit codes: 0 done, 1 failure, 2 wrong use, 130 Ctrl-C, 141 the reader of our output went away.
 """
@@ -12,17 +12,22 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from edgert.errors import EdgertError, UsageError
 
-VERBS = {
+VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULES has another
     "run": "answer one prompt",
     "chat": "talk with a model",
     "pull": "fetch a model into the cache, or list those known by name",
+    "export": "make a model's sidecar: its clustered vocabulary head",
+    "eval": "measure how often a FlashHead gives the dense head's tokens",
     "info": "say what a model file is",
     "doctor": "say what this machine can do and what limits it",
 }
+
+
+MODULES = {"export": "edgert.export.cli", "eval": "edgert.bench.eval_head"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +63,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             sub.add_argument(
                 "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
             )
-            import_module(f"edgert.cli.{name}").add_arguments(sub)
+            _module(name).add_arguments(sub)
     args = parser.parse_args(argv)
     if args.verb is None:
         parser.error("a verb is missing")
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         args = _parse(words)
-        code: int = import_module(f"edgert.cli.{args.verb}").main(args)
+        code: int = _module(args.verb).main(args)
         sys.stdout.flush()
         return code
     except SystemExit as e:  # --help and --version
@@ -93,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"edgert: error: {_one_line(e)}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
+
+
+def _module(verb: str) -> Any:
+    return import_module(MODULES.get(verb, f"edgert.cli.{verb}"))
 
 
 def _one_line(e: Exception) -> str:

@@ -1,0 +1,295 @@
+"""FlashHead and the exact head on tiny models: which clusters are scored, that what is scored is what the
+dense head gives, that exact gives dense's tokens, and that a wrong sidecar is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgert.export.gguf_writer import Tensor, Value, write_gguf
+from edgert.export.quantise import dequantise, q4_0, q8_0
+from edgert.models import load_spec
+from tiny_models import tiny
+
+import edgert
+from edgert import _native
+from edgert.engines import open_engine
+from edgert.engines.native import NativeEngine
+from edgert.errors import ModelFileError, UsageError
+from edgert.session_file import fingerprint
+from edgert.sidecar import Sidecar, find_sidecar, sidecar_path
+
+MODELS = [
+    ("llama", "Q4_0"),
+    ("gemma3", "Q8_0"),
+    ("qwen2", "F32"),
+    ("lfm2", "Q4_0"),
+    ("mistral-window", "Q8_0"),
+]
+SIZE, SPECIAL = 16, 3
+
+
+@pytest.fixture(params=MODELS, ids=lambda m: m[0])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of a tiny model, for a sidecar to lie beside."""
+    copy = tmp_path / "model.gguf"
+    shutil.copy(tiny(*request.param).path, copy)
+    return copy
+
+
+def spec_of(base: Path) -> Any:
+    file = _native.GgufFile(str(base))
+    return load_spec(file.metadata, {t.name: t.shape for t in file.tensors})
+
+
+def parts(base: Path, recipe: str = "clusters", seed: int = 0) -> tuple[dict[str, Value], list[Tensor]]:
+    """A sidecar of random clusters and routers: right in form, of no use."""
+    spec, rng = spec_of(base), np.random.default_rng(seed)
+    clusters = -(-spec.vocab_size // SIZE)
+    tokens = np.full(clusters * SIZE, -1, np.int32)
+    tokens[rng.permutation(clusters * SIZE)[: spec.vocab_size]] = rng.permutation(spec.vocab_size)
+    metadata: dict[str, Value] = {
+        "general.architecture": "edgert",
+        "edgert.version": 1,
+        "edgert.base.bytes": base.stat().st_size,
+        "edgert.base.fingerprint": fingerprint(base),
+        "edgert.base.sha256": "",
+        "edgert.head.recipe": recipe,
+        "edgert.head.cluster_size": SIZE,
+        "edgert.head.probes": 2,
+        "edgert.head.tokens": tokens,
+        "edgert.head.special": np.array([SPECIAL], np.int32),
+        "edgert.head.quality": json.dumps({"agreement": 0.5}),
+    }
+
+    def matrix(name: str, rows: int, cols: int, type: Any) -> Tensor:
+        values = rng.standard_normal((rows, cols)).astype(np.float32)
+        return Tensor(name, type, (rows, cols), (q4_0 if type == "Q4_0" else q8_0)(values))
+
+    if recipe == "lowrank":
+        return metadata, [
+            matrix("head.projection", 32, spec.dim, "Q8_0"),
+            matrix("head.rows", len(tokens), 32, "Q4_0"),
+        ]
+    bias = rng.standard_normal(clusters).astype(np.float32)
+    bias_tensor = Tensor("head.bias", "F32", (clusters,), bias.view(np.uint8))
+    return metadata, [matrix("head.routers", clusters, spec.dim, "Q4_0"), bias_tensor]
+
+
+def open_flash(base: Path, sidecar: Path | None) -> NativeEngine:
+    file = _native.GgufFile(str(base))
+    return NativeEngine(file, spec_of(base), 2, Sidecar(sidecar, base) if sidecar else None)
+
+
+def cluster_scores(base: Path, metadata: dict[str, Value], tensors: list[Tensor], state: Any) -> Any:
+    """What the runtime should rank the clusters by, in float64 up to the rounding of its input."""
+    spec, file = spec_of(base), _native.GgufFile(str(base))
+    x = state.astype(np.float64)
+    h = x / np.sqrt(np.square(x).mean() + spec.norm_eps) * file.dequantize(spec.output_norm)
+    values = {t.name: dequantise(t.data, t.type, t.shape[1]) for t in tensors if len(t.shape) == 2}
+    if metadata["edgert.head.recipe"] == "clusters":
+        bias = next(t.data.view(np.float32) for t in tensors if t.name == "head.bias")
+        return values["head.routers"] @ h + bias
+    rows = values["head.rows"] @ (values["head.projection"] @ h)
+    rows[np.asarray(metadata["edgert.head.tokens"]) < 0] = -math.inf
+    return rows.reshape(-1, SIZE).max(1)
+
+
+@pytest.mark.parametrize("recipe", ["clusters", "lowrank"])
+def test_scored_tokens_have_the_dense_logits_and_are_those_of_the_best_clusters(
+    base: Path, recipe: str
+) -> None:
+    metadata, tensors = parts(base, recipe)
+    write_gguf(sidecar_path(base), metadata, tensors)
+    tokens = np.asarray(metadata["edgert.head.tokens"]).reshape(-1, SIZE)
+    plain, flash = open_flash(base, None), open_flash(base, sidecar_path(base))
+    prompt = np.array([5, 9, 2, 11], np.int32)
+    a, b = _native.Cache(plain._model, 16), _native.Cache(flash._model, 16)
+    dense = plain._model.forward(a, prompt, True)
+    hidden = flash._model.hidden(b, prompt)
+    # Rows in another order, the head apart from the body: the same bits.
+    np.testing.assert_array_equal(flash._model.dense(hidden), dense)
+    out = _native.SparseLogits(flash.vocab_size)
+    for probes in (1, 3, len(tokens)):
+        for position, state in enumerate(hidden):
+            more = [position, position + 40]
+            flash._model.flash(state, probes, more, out)
+            known = np.flatnonzero(np.isfinite(out.array))
+            assert len(known) == out.scored
+            np.testing.assert_array_equal(out.array[known], dense[position, known])
+            scores = cluster_scores(base, metadata, tensors, state)
+            forced = {c for c, members in enumerate(tokens) if set(members) & {SPECIAL, *more}}
+            best = set(np.argsort(-scores)[:probes].tolist())
+            chosen = {c for c, members in enumerate(tokens) if members.max() in known}
+            assert forced <= chosen and len(chosen) <= probes + len(forced)
+            # int8 codes of the input may turn round two clusters that score alike.
+            cut = np.sort(scores)[-probes]
+            assert all(abs(scores[c] - cut) < 0.1 * np.std(scores) for c in best ^ (chosen - (forced - best)))
+
+
+def test_every_thread_count_chooses_the_same(base: Path) -> None:
+    write_gguf(sidecar_path(base), *parts(base))
+    results = []
+    for threads in (1, 3):
+        engine = NativeEngine(
+            _native.GgufFile(str(base)), spec_of(base), threads, Sidecar(sidecar_path(base), base)
+        )
+        session = engine.session(8)
+        results.append(session.flash(session.hidden(7), []).copy())
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.8, "seed": 4},
+        {"temperature": 1.0, "seed": 5, "top_k": 30, "top_p": 0.9, "min_p": 0.01},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+        {"logit_bias": {7: 3.0, 9: -math.inf}, "temperature": 0.5, "seed": 1},
+    ],
+    ids=["greedy", "drawn", "filtered", "penalties", "bias"],
+)
+def test_exact_gives_the_dense_heads_tokens(base: Path, options: dict[str, Any]) -> None:
+    """With useless routers nearly every draft is wrong, so that blocks are cut and the cache goes back."""
+    write_gguf(sidecar_path(base), *parts(base))
+    with edgert.load(base, head="dense") as dense, edgert.load(base, head="exact") as exact:
+        for seed in range(3):
+            prompt = np.random.default_rng(seed).integers(0, dense.vocab_size, 12).tolist()
+            wanted = dense.generate(prompt, max_tokens=60, **options)
+            with exact.session() as session:
+                reply = session.generate(prompt, max_tokens=60, **options)
+                assert reply.tokens == wanted.tokens and reply.finish_reason == wanted.finish_reason
+                # The session goes on from what it holds.
+                longer = [*prompt, *reply.tokens[:20], 1]
+                again = session.generate(longer, max_tokens=10, **options)
+            assert again.tokens == dense.generate(longer, max_tokens=10, **options).tokens
+            assert again.stats.reused_tokens > 0
+
+
+def test_with_all_clusters_flash_gives_the_dense_heads_tokens(base: Path) -> None:
+    write_gguf(sidecar_path(base), *parts(base))
+    prompt = [4, 8, 15, 16, 23]
+    with edgert.load(base, head="dense") as dense, edgert.load(base, probes=1000) as flash:
+        assert flash.head == "flash"
+        options = {"max_tokens": 40, "temperature": 0.9, "seed": 2, "logprobs": 2}
+        one, other = dense.generate(prompt, **options), flash.generate(prompt, **options)
+        assert one.tokens == other.tokens and one.logprobs == other.logprobs
+
+
+def test_biased_tokens_are_scored_and_log_probabilities_are_exact(base: Path) -> None:
+    write_gguf(sidecar_path(base), *parts(base))
+    with edgert.load(base, head="flash") as flash, edgert.load(base, head="dense") as dense:
+        reply = flash.generate([1, 2, 3], max_tokens=6, logit_bias={42: 1e6}, logprobs=1)
+        assert set(reply.tokens) <= {42, *flash.tokenizer.eos_ids}
+        scored = dense.generate([1, 2, 3], max_tokens=6, logit_bias={42: 1e6}, logprobs=1)
+        assert reply.logprobs == scored.logprobs
+
+
+def test_a_stream_of_exact_can_be_cancelled_and_the_session_used(base: Path) -> None:
+    write_gguf(sidecar_path(base), *parts(base))
+    with edgert.load(base, head="exact") as exact, exact.session() as session:
+        stream = session.stream([3, 1, 4, 1, 5], max_tokens=50)
+        tokens = [next(stream).token for _ in range(5)]
+        stream.cancel()
+        assert next(stream).finish_reason == "cancelled"
+        assert list(session.generate([3, 1, 4, 1, 5], max_tokens=5).tokens) == tokens
+
+
+def broken(metadata: dict[str, Value], tensors: list[Tensor], how: str) -> None:
+    """Break the parts of a sidecar in one way."""
+    tokens = np.asarray(metadata["edgert.head.tokens"]).copy()
+    if how == "version":
+        metadata["edgert.version"] = 2
+    elif how == "base":
+        metadata["edgert.base.fingerprint"] = "0" * 64
+    elif how == "size":
+        metadata["edgert.head.cluster_size"] = 24
+    elif how == "range":
+        tokens[tokens == 5] = 10**6
+    elif how == "negative":
+        tokens[tokens == 5] = -7
+    elif how == "twice":
+        tokens[tokens == 5] = 6
+    elif how == "missing":
+        tokens[tokens == 5] = -1
+    elif how == "short":
+        tokens = tokens[:-SIZE]
+    elif how == "special":
+        metadata["edgert.head.special"] = np.array([10**6], np.int32)
+    elif how == "probes":
+        metadata["edgert.head.probes"] = 0
+    elif how == "recipe":
+        metadata["edgert.head.recipe"] = "magic"
+    elif how == "nan bias":
+        tensors[1].data.view(np.float32)[3] = np.nan
+    elif how == "nan routers":
+        tensors[0].data[0, :2] = np.array([np.nan], np.float16).view(np.uint8)
+    elif how == "shape":
+        tensors[1] = Tensor("head.bias", "F32", (4,), np.zeros(16, np.uint8))
+    elif how == "no routers":
+        del tensors[0]
+    metadata["edgert.head.tokens"] = tokens
+
+
+WAYS = [
+    "version",
+    "base",
+    "size",
+    "range",
+    "negative",
+    "twice",
+    "missing",
+    "short",
+    "special",
+    "probes",
+    "recipe",
+]
+WAYS += ["nan bias", "nan routers", "shape", "no routers"]
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_wrong_sidecar_is_refused_and_dense_still_runs(tmp_path: Path, how: str) -> None:
+    base = tmp_path / "model.gguf"
+    shutil.copy(tiny("llama", "Q4_0").path, base)
+    metadata, tensors = parts(base)
+    broken(metadata, tensors, how)
+    write_gguf(sidecar_path(base), metadata, tensors)
+    for head in ("auto", "flash", "exact"):
+        with pytest.raises(ModelFileError, match=r"edgert|head") as caught:
+            edgert.load(base, head=head)
+        assert str(sidecar_path(base)) in str(caught.value)
+    with edgert.load(base, head="dense") as model:
+        assert len(model.generate([1, 2], max_tokens=2).tokens) >= 1
+
+
+def test_a_truncated_sidecar_is_refused(tmp_path: Path) -> None:
+    base = tmp_path / "model.gguf"
+    shutil.copy(tiny("llama", "Q4_0").path, base)
+    write_gguf(sidecar_path(base), *parts(base))
+    whole = sidecar_path(base).read_bytes()
+    for size in (0, 7, 100, len(whole) // 2, len(whole) - 40):
+        sidecar_path(base).write_bytes(whole[:size])
+        with pytest.raises(ModelFileError):
+            edgert.load(base)
+
+
+def test_heads_without_a_sidecar(tmp_path: Path) -> None:
+    base = tmp_path / "model.gguf"
+    shutil.copy(tiny("llama", "Q4_0").path, base)
+    assert find_sidecar(base) is None
+    with edgert.load(base) as model:
+        assert model.head == "dense"
+    for head in ("flash", "exact"):
+        with pytest.raises(UsageError, match="edgert export"):
+            edgert.load(base, head=head)
+    with pytest.raises(UsageError, match="unknown head"):
+        edgert.load(base, head="round")
+    with pytest.raises(edgert.EdgertError, match="without a FlashHead"):
+        session: Any = open_engine(base, "native").session(8)
+        session.flash(session.hidden(1), [])
