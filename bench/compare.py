@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", action="append", help="name or file; may be repeated (default: both)")
     parser.add_argument("--quick", action="store_true", help="short contexts, two turns, no result files")
     parser.add_argument("-r", "--repetitions", type=int, default=5, help="turns of each engine (default: 5)")
-    parser.add_argument("--only", choices=("decode", "prefill", "start"), help="no result files")
+    parser.add_argument("--only", choices=("decode", "prefill", "start"), help="these rows alone")
     parser.add_argument("--threads", type=int, default=2, help="of both engines (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="default: bench/results")
     args = parser.parse_args(argv)
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.model or MODELS:
             section, title = measure(name, args), Path(name).name
             print("\n".join(report.render_section(title, section)))
-            if not (args.quick or args.only):
-                table = report.write(args.out, machine(), title, section)
+            if not args.quick:
+                table = report.write(args.out, machine(), title, section, args.only)
                 say(f"written: {table}")
     except EdgertError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,13 +24,22 @@ def row_record(row: Row) -> dict[str, Any]:
     }
 
 
-def write(directory: Path, machine: dict[str, Any], model: str, section: dict[str, Any]) -> Path:
-    """Put ``section`` in the place of the model's older one; returns the path of the table."""
+def write(
+    directory: Path, machine: dict[str, Any], model: str, section: dict[str, Any], only: str | None = None
+) -> Path:
+    """Put ``section`` in the place of the model's older one, or with ``only`` its rows of that kind in the
+    place of the older ones; returns the path of the table. Each kind of row is one alternating run."""
     name = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['cores']} cores".lower()).strip("-")
     directory.mkdir(parents=True, exist_ok=True)
     source, table = directory / f"{name}.json", directory / f"{name}.md"
     results = json.loads(source.read_text()) if source.exists() else {"models": {}}
     results["machine"] = machine
+    older = results["models"].get(model)
+    if only and older:
+        kept = [row for row in older["rows"] if row["what"] != only]
+        order = {row["what"]: i for i, row in reversed(list(enumerate(older["rows"])))}
+        rows = sorted([*kept, *section["rows"]], key=lambda row: order.get(row["what"], len(order)))
+        section = {**older, "rows": rows}
     results["models"][model] = section
     source.write_text(json.dumps(results, indent=1) + "\n")
     table.write_text(render(results))

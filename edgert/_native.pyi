@@ -91,6 +91,10 @@ class Sampler:
         seed: int = 0,
         bias: Sequence[tuple[int, float]] = [],
     ) -> None: ...
+    @property
+    def plain_greedy(self) -> bool:
+        """sample() is the arg max of the logits as they are."""
+
     def observe(self, tokens: Sequence[int]) -> None:
         """Tokens of the prompt, for the repetition penalty."""
 
@@ -176,6 +180,16 @@ class Model:
     ) -> NDArray[numpy.float32]:
         """
         Logits of rows of hidden(), [n, vocab], by the whole head: the bits that forward() gives.
+        """
+
+    def best(
+        self,
+        hidden: Annotated[
+            NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)
+        ],
+    ) -> NDArray[numpy.uint32]:
+        """
+        The likeliest token of rows of hidden(), [n]: the arg max of dense(), the lowest id of equals.
         """
 
     def flash(

@@ -9,7 +9,7 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +25,10 @@ LONGEST = 16  # tokens of a block: the whole head scores so many on one way thro
 class ExactHead:
     """Gives the dense head's tokens of one request, block by block."""
 
-    def __init__(self, session: Session, sampler: _native.Sampler, more: Sequence[int]) -> None:
-        self._session, self._sampler, self._more = session, sampler, more
+    def __init__(
+        self, session: Session, sampler: _native.Sampler, more: Sequence[int], logprobs: bool
+    ) -> None:
+        self._session, self._sampler, self._more, self._logprobs = session, sampler, more, logprobs
         self._length = 2
         self._steps = self._drafts = self._blocks = self._tokens = 0
 
@@ -37,10 +39,11 @@ class ExactHead:
         limit: int,
         ends: Collection[int],
         cancelled: Callable[[], bool],
-    ) -> list[tuple[int, Logits]]:
-        """The tokens at ``position`` and after it, with the dense logits of each: at least one, at
-        most ``limit``. ``last`` is the token before them, not yet in the cache. The sampler has
-        accepted them; the cache holds all but the last of them. A token of ``ends`` is the last one."""
+    ) -> list[tuple[int, Logits | None]]:
+        """The tokens at ``position`` and after it, with the dense logits of each where log probabilities
+        are wanted: at least one, at most ``limit``. ``last`` is the token before them, not yet in the cache.
+        The sampler has accepted them; the cache holds all but the last of them. A token of ``ends`` is the
+        last one."""
         session, sampler = self._session, self._sampler
         start = session.length
         drafts: list[int] = []
@@ -60,18 +63,27 @@ class ExactHead:
             sampler.retract()
         self._steps += len(states)
         self._blocks += 1
-        confirmed: list[tuple[int, Logits]] = []
-        for i, logits in enumerate(session.dense(np.stack(states))):
-            token = sampler.sample(logits, position + i)
+        confirmed: list[tuple[int, Logits | None]] = []
+        for token, logits in self._chosen(np.stack(states), position):
             sampler.accept(token)
             confirmed.append((token, logits))
             self._tokens += 1
+            i = len(confirmed) - 1
             if i < len(drafts) and token != drafts[i]:
                 session.rewind(start + i + 1)
                 self._length = max(2, self._length // 2)
                 return confirmed
         self._length = min(LONGEST, 2 * self._length)
         return confirmed
+
+    def _chosen(self, states: Logits, position: int) -> Iterator[tuple[int, Logits | None]]:
+        """The dense head's choice after each of ``states``, and its logits where they were needed."""
+        if self._sampler.plain_greedy and not self._logprobs:
+            for token in self._session.best(states):
+                yield token, None
+            return
+        for i, logits in enumerate(self._session.dense(states)):
+            yield self._sampler.sample(logits, position + i), logits
 
     def bytes_per_token(self, engine: Mapping[str, Any]) -> int | None:
         """Bytes of weights read for one confirmed token, on average; ``engine`` is its description."""

@@ -154,8 +154,12 @@ class Stream(Iterator[Piece]):
         # Biased ids are scored whether a FlashHead would probe them or not.
         more = list(options.logit_bias or ())
         self._more = more
-        self._exact = ExactHead(session, self._sampler, more) if self._head == "exact" else None
-        self._ready: deque[tuple[int, Logits]] = deque()  # confirmed tokens not yet given out
+        self._exact = (
+            ExactHead(session, self._sampler, more, options.logprobs is not None)
+            if self._head == "exact"
+            else None
+        )
+        self._ready: deque[tuple[int, Logits | None]] = deque()  # confirmed tokens not yet given out
         # Seconds of work: so far (making the prompt's ids is work), in prefill, until the first
         # token and until the last.
         self._spent = time.perf_counter() - began
@@ -228,7 +232,7 @@ class Stream(Iterator[Piece]):
         token, logits = chosen
         logprob: float | None = None
         best: list[tuple[int, float]] = []
-        if self._options.logprobs is not None:
+        if self._options.logprobs is not None and logits is not None:
             logprob, best = self._sampler.logprobs(logits, token, self._options.logprobs)
         finish: FinishReason | None = "length" if len(self._pieces) + 1 >= self._limit else None
         text = ""
@@ -238,7 +242,7 @@ class Stream(Iterator[Piece]):
             text = self._stops.push(self._decoder.push(token))
         return self._emit(Piece(text, token, logprob, tuple(best), finish))
 
-    def _choose(self) -> tuple[int, Logits] | None:
+    def _choose(self) -> tuple[int, Logits | None] | None:
         """The next token, which the sampler has accepted, and logits for its log probability (of the
         whole vocabulary when they are asked for); None when the reply was cancelled."""
         session, position = self._session, len(self._prompt) + len(self._pieces)

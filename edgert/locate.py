@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,27 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "edgert"
 
 
-def model_path(name_or_path: str | os.PathLike[str], progress: Reporter | None = None) -> Path:
-    """:func:`edgert.hub.resolve`, without its imports for a file that is there."""
+SIDECAR_SUFFIX = ".edgert.gguf"
+
+
+def sidecar_path(base: Path) -> Path:
+    """Where the sidecar of ``base`` is written: beside it."""
+    return base.with_name(base.name.removesuffix(".gguf") + SIDECAR_SUFFIX)
+
+
+def find_sidecar(base: Path) -> Path | None:
+    """The sidecar beside ``base``, else the one of that name in edgert's cache, else None."""
+    beside = sidecar_path(base)
+    places = (beside, cache_dir() / "sidecars" / beside.name)
+    return next((place for place in places if place.exists()), None)
+
+
+def model_path(name_or_path: str | os.PathLike[str], progress: Callable[[], Reporter] | None = None) -> Path:
+    """:func:`edgert.hub.resolve`, without its imports for a file that is there. ``progress`` makes what is
+    told of a download."""
     path = Path(os.fspath(name_or_path))
     if path.suffix == ".gguf" and not str(path).startswith("hf:") and path.is_file():
         return path
     from . import hub
 
-    return hub.resolve(name_or_path, progress)
+    return hub.resolve(name_or_path, progress() if progress else None)

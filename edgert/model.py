@@ -16,7 +16,7 @@ from .engines import engine_for
 from .engines.base import Engine
 from .errors import ModelFileError, UsageError
 from .generate import Reply, Stream
-from .locate import model_path
+from .locate import find_sidecar, model_path
 from .session import Message, Prompt, Session, finish
 
 if TYPE_CHECKING:
@@ -73,12 +73,7 @@ HEADS = ("auto", "dense", "flash", "exact")
 
 def _sidecar(path: str, head: str, engine: str) -> Path | None:
     """The sidecar to load for ``head``. Raises UsageError when one is needed and there is none."""
-    if head == "dense" or engine == "llamacpp":
-        found = None
-    else:
-        from .sidecar import find_sidecar
-
-        found = find_sidecar(Path(path))
+    found = None if head == "dense" or engine == "llamacpp" else find_sidecar(Path(path))
     if found is None and head in ("flash", "exact"):
         if engine == "llamacpp":
             raise UsageError(f"head={head!r} needs the native engine; drop engine='llamacpp'")

@@ -179,6 +179,10 @@ class Session:
         """Logits of rows of head inputs by the whole head, [n, vocab]."""
         return self._native().dense(hidden)
 
+    def best(self, hidden: Logits) -> list[int]:
+        """The likeliest token of rows of head inputs, by the whole head."""
+        return self._native().best(hidden)
+
     def rewind(self, length: int) -> None:
         """Forget positions from ``length`` on."""
         sequence = self._open()

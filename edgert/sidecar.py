@@ -26,11 +26,9 @@ from typing import Any
 
 from . import _native
 from .errors import ModelFileError
-from .locate import cache_dir
 from .session_file import fingerprint
 
 VERSION = 1
-SUFFIX = ".edgert.gguf"
 
 
 class Sidecar:
@@ -90,15 +88,3 @@ class Sidecar:
             -1,
             key,
         )
-
-
-def sidecar_path(base: Path) -> Path:
-    """Where the sidecar of ``base`` is written: beside it."""
-    return base.with_name(base.name.removesuffix(".gguf") + SUFFIX)
-
-
-def find_sidecar(base: Path) -> Path | None:
-    """The sidecar beside ``base``, else the one of that name in edgert's cache, else None."""
-    beside = sidecar_path(base)
-    places = (beside, cache_dir() / "sidecars" / beside.name)
-    return next((place for place in places if place.exists()), None)

@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     from edgert.locate import model_path
 
     request = Request(args.agreement, args.calibration, args.cluster_size, args.probes, args.rank, args.seed)
-    path = model_path(args.model, Bar())
+    path = model_path(args.model, Bar)
     done = export_flash_head(path, request, args.output, lambda line: print(line, file=sys.stderr), _Steps())
     quality = done.quality
     if args.json:

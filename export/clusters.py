@@ -9,7 +9,7 @@ the clusters is the largest logit in each, and a ridge regression fits that dire
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ Progress = Callable[[int], None]
 
 DIRECTIONS = 160  # of the metric: the rest adds time and no agreement
 POWER_STEPS = 6
+MERGED = 4  # clusters that may be taken together as one larger cluster
 
 
 class Metric:
@@ -37,17 +38,17 @@ class Metric:
             y = rows[part] @ image
             gram += y.T @ y
         axes = np.linalg.eigh(gram)[1][:, ::-1]
-        self._to_rows = (vectors * root) @ axes  # [dim, dim]
-        self._to_states = axes.T @ (vectors / root).T
+        self._to_rows = np.asarray((vectors * root) @ axes, np.float32)  # [dim, dim]
+        self._to_states = np.asarray(axes.T @ (vectors / root).T, np.float32)
 
     def points(self, rows: Matrix, k: int) -> Matrix:
         """``rows`` in the ``k`` leading axes, [vocab, k]."""
-        basis = self._to_rows[:, :k].astype(np.float32)
+        basis = self._to_rows[:, :k]
         return np.concatenate([rows[part] @ basis for part in _blocks(len(rows))])
 
     def projection(self, k: int) -> Matrix:
         """[k, dim]: points(rows, k) @ (projection(k) @ h) approximates rows @ h."""
-        return self._to_states[:k].astype(np.float32)
+        return np.ascontiguousarray(self._to_states[:k])
 
 
 def bisect(points: Matrix, size: int, rng: np.random.Generator, progress: Progress) -> Ids:
@@ -55,7 +56,7 @@ def bisect(points: Matrix, size: int, rng: np.random.Generator, progress: Progre
     n = len(points)
     clusters = -(-n // size)
     order = np.arange(n, dtype=np.int32)
-    start = rng.standard_normal(points.shape[1]).astype(np.float32)
+    start = rng.standard_normal(points.shape[1], np.float32)
     todo = [(0, n, clusters)]
     while todo:
         lo, hi, count = todo.pop()
@@ -76,18 +77,11 @@ def bisect(points: Matrix, size: int, rng: np.random.Generator, progress: Progre
     return np.concatenate([order, np.full(clusters * size - n, -1, np.int32)])
 
 
-def cluster_maxima(rows: Matrix, states: Matrix, tokens: Ids, size: int, progress: Progress) -> Matrix:
-    """The largest logit in each cluster for each state, [n, clusters]."""
-    out = np.empty((len(states), len(tokens) // size), np.float32)
-    for at, logits in cluster_logits(rows, states, tokens, size):
-        out[:, at : at + logits.shape[1]] = logits.max(2)
-        progress(logits.shape[1])
-    return out
-
-
 def cluster_logits(rows: Matrix, states: Matrix, tokens: Ids, size: int) -> Iterator[tuple[int, Matrix]]:
-    """(first cluster, logits [n, clusters, size]) block by block; padding is -inf."""
-    step = max(1, 2**25 // len(states) // size) * size  # 128 MB of logits at a time
+    """(first cluster, logits [n, clusters, size]) block by block, multiples of :data:`MERGED` clusters but
+    for the last; padding is -inf."""
+    unit = size * MERGED
+    step = max(1, 2**25 // len(states) // unit) * unit  # 128 MB of logits at a time
     for at in range(0, len(tokens), step):
         part = tokens[at : at + step]
         logits = states @ rows[np.maximum(part, 0)].T
@@ -95,18 +89,46 @@ def cluster_logits(rows: Matrix, states: Matrix, tokens: Ids, size: int) -> Iter
         yield at // size, logits.reshape(len(states), -1, size)
 
 
-def fit_routers(states: Matrix, maxima: Matrix, ridge: float) -> tuple[Matrix, Matrix]:
-    """Routers [clusters, dim] and biases [clusters] that predict ``maxima`` [n, clusters] from ``states``
-    [n, dim] with the least squared error plus ``ridge`` (a share of the states' mean square) times the
-    routers' squares."""
-    mean, target = states.mean(0), maxima.mean(0)
+def merge(values: Matrix, factor: int) -> Matrix:
+    """The maximum over ``factor`` neighbours, [n, clusters] to [n, ceil(clusters / factor)]."""
+    pad = -values.shape[1] % factor
+    padded = np.pad(values, ((0, 0), (0, pad)), constant_values=-np.inf) if pad else values
+    result: Matrix = padded.reshape(len(values), -1, factor).max(2)
+    return result
+
+
+def fit_routers(
+    rows: Matrix,
+    states: Matrix,
+    tokens: Ids,
+    size: int,
+    factors: Sequence[int],
+    ridge: float,
+    progress: Progress,
+) -> list[tuple[Matrix, Matrix]]:
+    """For each of ``factors`` (divisors of :data:`MERGED`), the routers [clusters, dim] and biases [clusters]
+    of clusters of ``factor * size`` tokens: what predicts the largest logit in a cluster from the state with
+    the least squared error plus ``ridge`` (a share of the states' mean square) times the routers' squares."""
+    mean = states.mean(0)
     x = states - mean
-    gram = x.T @ x
+    gram = (x.T @ x).astype(np.float64)
     gram[np.diag_indices_from(gram)] += ridge * np.trace(gram) / len(gram)
-    routers = np.linalg.solve(gram.astype(np.float64), (x.T @ (maxima - target)).astype(np.float64))
-    routers = routers.astype(np.float32)
-    bias = (target - mean @ routers).astype(np.float32)
-    return np.ascontiguousarray(routers.T), bias
+    counts = [-(-len(tokens) // (size * f)) for f in factors]
+    products = [np.empty((x.shape[1], n), np.float32) for n in counts]
+    means = [np.empty(n, np.float32) for n in counts]
+    for at, logits in cluster_logits(rows, states, tokens, size):
+        maxima = logits.max(2)
+        for f, product, target in zip(factors, products, means, strict=True):
+            merged = merge(maxima, f)
+            where = slice(at // f, at // f + merged.shape[1])
+            target[where] = merged.mean(0)
+            product[:, where] = x.T @ merged  # x is centred, so the targets need not be
+        progress(logits.shape[1])
+    fitted = []
+    for product, target in zip(products, means, strict=True):
+        routers = np.linalg.solve(gram, product.astype(np.float64)).T.astype(np.float32)
+        fitted.append((np.ascontiguousarray(routers), target - routers @ mean))
+    return fitted
 
 
 def _blocks(n: int, step: int = 32768) -> list[slice]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from edgert.export.calibration_text import Domain, load_domains
@@ -20,12 +20,11 @@ from edgert.export.clusters import (
     Metric,
     bisect,
     cluster_logits,
-    cluster_maxima,
     fit_routers,
 )
-from edgert.export.gguf_writer import Tensor, Value, write_gguf
+from edgert.export.gguf_writer import Tensor, TensorType, Value, write_gguf
 from edgert.export.head_quality import Ranking, Truth, find_truth
-from edgert.export.quantise import dequantise, q4_0, q8_0
+from edgert.export.quantise import dequantise, q4_0, q4_0_for, q8_0
 from edgert.export.states import OWN_PREFIX, OWN_TOKENS, HeadInputs
 
 from edgert import _native
@@ -33,18 +32,18 @@ from edgert.download import file_sha256
 from edgert.engines import open_engine
 from edgert.engines.native import NativeEngine
 from edgert.errors import UnsupportedModelError, UsageError
+from edgert.locate import sidecar_path
 from edgert.session_file import fingerprint
-from edgert.sidecar import VERSION, sidecar_path
+from edgert.sidecar import VERSION
 from edgert.tokenizer import Tokenizer
 
 TILE = 16  # tokens of the smallest cluster: the rows that every kernel reads together
-SIZES, RANKS = (16, 32, 64), (128, 256)
+SIZES, RANKS = (16, 32, 64), (256,)
 MAIN = ("prose", "code", "chat")  # domains that get the agreement asked for
 OWN, OTHER = 0.997, 0.98  # least agreement on own generations and on every other domain
 FIT_MAIN, FIT_OTHER, HELD_MAIN, HELD_OTHER = 1500, 520, 700, 230  # states of a domain
 OWN_FIT, OWN_HELD = 40, 24  # continuations
-RIDGE = 1e-2
-DEPTH = 14.0  # nats below the best logit under which clusters no longer differ for the fit
+RIDGE = 1e-3
 
 Note = Callable[[str], None]
 # What is done, and a function that makes a progress callback for so many units of it.
@@ -63,19 +62,19 @@ class Request:
     seed: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
-    """One way to choose clusters, measured. ``scores`` of clusters come from the quantised tensors."""
+    """One way to choose clusters, measured with its quantised tensors. ``quality`` is by domain and
+    number of clusters; ``nbytes`` are read a token."""
 
     name: str  # "clusters" or "lowrank"
     size: int
+    rank: int
+    tokens: Ids
     tensors: list[Tensor]
-    router_bytes: int
-    ranking: Ranking
-    probes: int = 0
-    nbytes: int = 0  # read a token
-    rank: int = 0
-    tokens: Ids = field(default_factory=lambda: np.zeros(0, np.int32))
+    probes: int
+    nbytes: int
+    quality: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,9 @@ def export_flash_head(
     special = np.asarray(sorted(tokenizer.eos_ids), np.int32)
     recipes = list(head.recipes(request, len(special), steps))
     best = min(recipes, key=lambda r: r.nbytes)
-    tried = [_line(r, request, head.dense_bytes) for r in recipes]
-    for line in tried:
-        note(("* " if line == tried[recipes.index(best)] else "  ") + line)
+    tried = [_line(r, head.dense_bytes) for r in recipes]
+    for recipe, line in zip(recipes, tried, strict=True):
+        note(("* " if recipe is best else "  ") + line)
     quality = _quality(best, head.dense_bytes, request)
     metadata: dict[str, Value] = {
         "general.architecture": "edgert",
@@ -199,55 +198,31 @@ class _Head:
     def recipes(self, request: Request, special: int, steps: Steps) -> Iterator[Recipe]:
         """The recipes asked for, each with the probes that reach the agreement asked for."""
         sizes = SIZES if request.cluster_size is None else (request.cluster_size,)
-        ranks = RANKS if request.rank is None else (request.rank,)
         if request.rank is None:
-            done = steps("logits to fit routers to", len(self.tokens) // TILE)
-            maxima = cluster_maxima(self.rows, self.fit, self.tokens, TILE, done)
-            # Only the order of the high clusters matters: what lies deep below the best is one level.
-            np.maximum(maxima, maxima.max(1, keepdims=True) - DEPTH, out=maxima)
-            done = steps("fitting routers", len(sizes))
-            for size in sizes:
-                yield self._sized(self._clusters(maxima, size), request, special)
-                done(1)
-            del maxima
+            factors = [size // TILE for size in sizes]
+            done = steps("fitting routers", len(self.tokens) // TILE)
+            fitted = fit_routers(self.rows, self.fit, self.tokens, TILE, factors, RIDGE, done)
+            for factor, (routers, bias) in zip(factors, fitted, strict=True):
+                moment = self.fit.T @ self.fit / len(self.fit)
+                for kind, codes in (("Q4_0", q4_0_for(routers, moment)), ("Q8_0", q8_0(routers))):
+                    tensor = Tensor("head.routers", cast(TensorType, kind), routers.shape, codes)
+                    yield self._clusters(factor, tensor, bias, request, special)
         if request.cluster_size in (None, TILE):
-            done = steps("fitting low-rank rows", len(ranks))
-            for rank in ranks:
+            for rank in RANKS if request.rank is None else (request.rank,):
                 if rank < self.rows.shape[1]:
-                    yield self._sized(self._lowrank(rank), request, special)
-                done(1)
+                    yield self._lowrank(rank, request, special, steps)
 
-    def _sized(self, recipe: Recipe, request: Request, special: int) -> Recipe:
-        targets = {**dict.fromkeys(MAIN, request.agreement), "own": max(OWN, request.agreement)}
-        needed = recipe.ranking.probes_for(targets, min(OTHER, request.agreement))
-        # A tenth more: the held-out text is a sample.
-        recipe.probes = request.probes or min(-(-needed * 11 // 10), len(recipe.tokens) // recipe.size)
-        read = (recipe.probes + special) * recipe.size * self.row_bytes
-        recipe.nbytes = recipe.router_bytes + int(read)
-        return recipe
-
-    def _grouped(self, size: int) -> Ids:
-        """The tokens in clusters of ``size``: neighbours of the bisection together."""
-        return np.concatenate([self.tokens, np.full(-len(self.tokens) % size, -1, np.int32)])
-
-    def _clusters(self, maxima: Matrix, size: int) -> Recipe:
-        factor, tokens = size // TILE, self._grouped(size)
-        pad = -maxima.shape[1] % factor
-        grouped = np.pad(maxima, ((0, 0), (0, pad)), constant_values=-np.inf)
-        grouped = grouped.reshape(len(maxima), -1, factor).max(2)
-        routers, bias = fit_routers(self.fit, grouped, RIDGE)
-        codes = q4_0(routers)
-        scores = self.held @ dequantise(codes, "Q4_0", routers.shape[1]).T + bias
-        tensors = [
-            Tensor("head.routers", "Q4_0", routers.shape, codes),
-            Tensor("head.bias", "F32", bias.shape, bias.view(np.uint8)),
-        ]
+    def _clusters(self, factor: int, routers: Tensor, bias: Matrix, request: Request, special: int) -> Recipe:
+        scores = self.held @ dequantise(routers.data, routers.type, routers.shape[1]).T + bias
+        tensors = [routers, Tensor("head.bias", "F32", bias.shape, bias.view(np.uint8))]
+        # Neighbours of the bisection together.
+        tokens = np.concatenate([self.tokens, np.full(-len(self.tokens) % (factor * TILE), -1, np.int32)])
         ranking = Ranking(self.truth.merged(factor), scores)
-        return Recipe("clusters", size, tensors, codes.size + bias.nbytes, ranking, tokens=tokens)
+        return self._measured("clusters", factor * TILE, 0, tokens, tensors, ranking, request, special)
 
-    def _lowrank(self, rank: int) -> Recipe:
+    def _lowrank(self, rank: int, request: Request, special: int, steps: Steps) -> Recipe:
+        done = steps(f"low-rank rows of {rank}", len(self.tokens) // TILE)
         projection = self.metric.projection(rank)
-        # Balance: rows and projections of one size, whatever the scale of the states.
         low = self.metric.points(self.rows, rank)[np.maximum(self.tokens, 0)]
         low[self.tokens < 0] = 0
         rows, to_low = q4_0(low), q8_0(projection)
@@ -256,38 +231,56 @@ class _Head:
         scores = np.empty((len(self.held), len(self.tokens) // TILE), np.float32)
         for at, logits in cluster_logits(dequantise(rows, "Q4_0", rank), image, order, TILE):
             scores[:, at : at + logits.shape[1]] = logits.max(2)
+            done(logits.shape[1])
         tensors = [
             Tensor("head.projection", "Q8_0", projection.shape, to_low),
             Tensor("head.rows", "Q4_0", low.shape, rows),
         ]
         ranking = Ranking(self.truth, scores)
-        nbytes = rows.size + to_low.size
-        return Recipe("lowrank", TILE, tensors, nbytes, ranking, rank=rank, tokens=self.tokens)
+        return self._measured("lowrank", TILE, rank, self.tokens, tensors, ranking, request, special)
+
+    def _measured(
+        self,
+        name: str,
+        size: int,
+        rank: int,
+        tokens: Ids,
+        tensors: list[Tensor],
+        ranking: Ranking,
+        request: Request,
+        special: int,
+    ) -> Recipe:
+        targets = {**dict.fromkeys(MAIN, request.agreement), "own": max(OWN, request.agreement)}
+        clusters = len(tokens) // size
+        needed = ranking.probes_for(targets, min(OTHER, request.agreement))
+        # A tenth more: the held-out text is a sample.
+        probes = min(request.probes or -(-needed * 11 // 10), clusters)
+        grid = sorted({min(n, clusters) for n in (-(-probes // 4), -(-probes // 2), probes, 2 * probes)})
+        read = (probes + special) * size * self.row_bytes + sum(t.data.size for t in tensors)
+        return Recipe(name, size, rank, tokens, tensors, probes, int(read), ranking.quality(grid))
 
 
-def _line(recipe: Recipe, request: Request, dense: int) -> str:
-    what = f"rank {recipe.rank}" if recipe.rank else f"clusters of {recipe.size}"
-    report = recipe.ranking.quality([recipe.probes])
+def _line(recipe: Recipe, dense: int) -> str:
+    what = f"rank {recipe.rank}" if recipe.rank else f"clusters of {recipe.size}, {recipe.tensors[0].type}"
     key = str(recipe.probes)
-    parts = [f"{name} {report[name][key]['agreement']:.2%}" for name in (*MAIN, "own") if name in report]
-    rest = [report[n][key]["agreement"] for n in report if n not in (*MAIN, "own", "all")]
+    agreement = {name: values[key]["agreement"] for name, values in recipe.quality.items()}
+    parts = [f"{name} {agreement[name]:.2%}" for name in (*MAIN, "own") if name in agreement]
+    rest = {n: a for n, a in agreement.items() if n not in (*MAIN, "own", "all")}
     if rest:
-        parts.append(f"worst other {min(rest):.1%}")
+        worst = min(rest, key=lambda n: rest[n])
+        parts.append(f"{worst} {rest[worst]:.1%}, the other {len(rest) - 1} more")
     return (
-        f"{what:14s} {recipe.probes:6d} probes {recipe.nbytes / 1e6:7.2f} MB a token "
-        f"({dense / recipe.nbytes:.1f} times less)  {', '.join(parts)}"
+        f"{what:20s} {recipe.probes:6d} probes {recipe.nbytes / 1e6:7.2f} MB a token, "
+        f"{dense / recipe.nbytes:4.1f} times less than dense: {', '.join(parts)}"
     )
 
 
 def _quality(recipe: Recipe, dense: int, request: Request) -> dict[str, Any]:
-    p, clusters = recipe.probes, len(recipe.tokens) // recipe.size
-    grid = sorted({min(n, clusters) for n in (max(1, p // 4), max(1, p // 2), p, 2 * p, 4 * p)})
-    domains = recipe.ranking.quality(grid)
     return {
         "asked": request.agreement,
-        "agreement": domains["all"][str(p)]["agreement"],
-        "probes": p,
+        "agreement": recipe.quality["all"][str(recipe.probes)]["agreement"],
+        "probes": recipe.probes,
         "bytes_per_token": recipe.nbytes,
         "dense_bytes_per_token": dense,
-        "domains": domains,
+        "domains": recipe.quality,
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from edgert.export.clusters import Ids, Matrix, cluster_logits
+from edgert.export.clusters import Ids, Matrix, cluster_logits, merge
 
 TOP = 10
 
@@ -32,16 +32,8 @@ class Truth:
         if factor == 1:
             return self
         n, clusters = self.maxima.shape
-        pad = -clusters % factor
-        maxima = np.pad(self.maxima, ((0, 0), (0, pad)), constant_values=-np.inf)
-        mass = np.pad(self.mass, ((0, 0), (0, pad)))
-        return Truth(
-            self.names,
-            self.domain,
-            maxima.reshape(n, -1, factor).max(2),
-            mass.reshape(n, -1, factor).sum(2),
-            self.top // factor,
-        )
+        mass = np.pad(self.mass, ((0, 0), (0, -clusters % factor))).reshape(n, -1, factor).sum(2)
+        return Truth(self.names, self.domain, merge(self.maxima, factor), mass, self.top // factor)
 
 
 def find_truth(
@@ -57,24 +49,22 @@ def find_truth(
     everything = np.concatenate(list(states.values()))
     n = len(everything)
     maxima = np.empty((n, len(tokens) // size), np.float32)
-    sums = np.empty_like(maxima)  # of exp(logit - maximum of the cluster)
-    best = np.full((n, TOP), -np.inf, np.float32)
-    top = np.zeros((n, TOP), np.int32)
+    mass = np.empty_like(maxima)
     for at, logits in cluster_logits(rows, everything, tokens, size):
-        width = logits.shape[1]
-        high = logits.max(2)
-        maxima[:, at : at + width] = high
-        sums[:, at : at + width] = np.exp(logits - high[:, :, None]).sum(2)
-        flat = logits.reshape(n, -1)
-        found = np.argpartition(flat, -TOP, 1)[:, -TOP:].astype(np.int32)
-        both = np.concatenate([best, np.take_along_axis(flat, found, 1)], 1)
-        where = np.concatenate([top, at + found // size], 1)
-        keep = np.argsort(-both, 1, kind="stable")[:, :TOP]
-        best, top = np.take_along_axis(both, keep, 1), np.take_along_axis(where, keep, 1)
-        progress(width)
-    mass = sums
-    mass *= np.exp(maxima - best[:, :1])
+        part = slice(at, at + logits.shape[1])
+        maxima[:, part] = logits.max(2)
+        logits -= maxima[:, part, None]
+        mass[:, part] = np.exp(logits, out=logits).sum(2)
+        progress(logits.shape[1])
+    mass *= np.exp(maxima - maxima.max(1, keepdims=True))
     mass /= mass.sum(1, keepdims=True)
+    # The ten likeliest tokens lie in the ten clusters with the highest maxima.
+    near = np.argpartition(maxima, -TOP, 1)[:, -TOP:]
+    top = np.empty((n, TOP), np.int32)
+    for i, state in enumerate(everything):
+        members = tokens.reshape(-1, size)[near[i]].ravel()
+        logits = np.where(members < 0, -np.inf, rows[members] @ state)
+        top[i] = near[i, np.argsort(-logits, kind="stable")[:TOP] // size]
     return Truth(names, domain, maxima, mass, top)
 
 
@@ -82,8 +72,7 @@ class Ranking:
     """The clusters of each held-out state in the order of their ``scores`` [n, clusters]."""
 
     def __init__(self, truth: Truth, scores: Matrix) -> None:
-        self._truth = truth
-        self._scores = scores
+        self._truth, self._scores = truth, scores
         at = np.take_along_axis(scores, truth.top, 1)
         # How many clusters are scored above that of each of the likeliest tokens.
         self._rank = np.stack([(scores > at[:, i : i + 1]).sum(1) for i in range(truth.top.shape[1])], 1)
@@ -100,26 +89,24 @@ class Ranking:
     def quality(self, probes: Sequence[int]) -> dict[str, Any]:
         """For all positions and for each domain, by number of clusters: top-1 ``agreement``,
         ``recall_top10`` (of the ten likeliest tokens), softmax ``mass`` covered, mean ``regret`` in nats."""
-        report: dict[str, Any] = {"all": {"positions": len(self._rank)}}
-        for i, name in enumerate(self._truth.names):
-            report[name] = {"positions": int((self._truth.domain == i).sum())}
+        truth = self._truth
+        clusters = self._scores.shape[1]
+        groups = {"all": np.ones(len(self._rank), bool)}
+        groups |= {name: truth.domain == i for i, name in enumerate(truth.names)}
+        report: dict[str, Any] = {name: {"positions": int(where.sum())} for name, where in groups.items()}
+        highest = truth.maxima.max(1)
+        cuts = np.partition(self._scores, sorted({clusters - min(p, clusters) for p in probes}), 1)
         for p in probes:
-            values = self._values(p)
-            report["all"][str(p)] = _means(values, np.ones(len(self._rank), bool))
-            for i, name in enumerate(self._truth.names):
-                report[name][str(p)] = _means(values, self._truth.domain == i)
+            chosen = self._scores >= cuts[:, clusters - min(p, clusters), None]
+            values = {
+                "agreement": self._rank[:, 0] < p,
+                "recall_top10": (self._rank < p).mean(1),
+                "mass": np.where(chosen, truth.mass, 0).sum(1),
+                "regret": highest - np.where(chosen, truth.maxima, -np.inf).max(1),
+            }
+            for name, where in groups.items():
+                report[name][str(p)] = _means(values, where)
         return report
-
-    def _values(self, probes: int) -> dict[str, npt.NDArray[Any]]:
-        truth, k = self._truth, min(probes, self._scores.shape[1])
-        chosen = np.argpartition(-self._scores, k - 1, 1)[:, :k]
-        best = np.take_along_axis(truth.maxima, chosen, 1).max(1)
-        return {
-            "agreement": self._rank[:, 0] < probes,
-            "recall_top10": (self._rank < probes).mean(1),
-            "mass": np.take_along_axis(truth.mass, chosen, 1).sum(1),
-            "regret": truth.maxima.max(1) - best,
-        }
 
 
 def _means(values: dict[str, npt.NDArray[Any]], where: npt.NDArray[np.bool_]) -> dict[str, float]:

@@ -91,6 +91,9 @@ class Decoder {
   // Logits of n rows of forward()'s hidden output, [n][vocab], by the whole head: the same bits as
   // forward() gives.
   void dense(const float* hidden, uint32_t n, float* logits);
+  // The likeliest token of each of n rows, the lowest id of equals: what dense() gives, without writing
+  // the logits.
+  void best(const float* hidden, uint32_t n, uint32_t* tokens);
   // Logits of one row by the `probes` best clusters, those of the special tokens and those of `more`
   // (token ids): the same bits as dense() gives for the tokens scored. They are appended to `scored`;
   // `logits` [vocab] is left alone elsewhere. Throws EngineError without a FlashHead.

@@ -72,28 +72,59 @@ struct Decoder::Head {
       k.matmul_float(by, tile, tile + 1, x, n, y, stride);
   }
 
-  // Logits of the rows of one tile of the head, to the places of their tokens.
-  void tile(uint32_t t, uint32_t n, float* logits) const {
-    const uint32_t lanes = m.tile_rows, first = t * lanes, rows = std::min(lanes, m.rows - first);
-    multiply(m, t, acts, me.tmp, n, me.tile, lanes);
-    for (uint32_t i = 0; i < n; ++i) {
-      const float* y = me.tile + size_t(i) * lanes;
-      float* out = logits + size_t(i) * s.vocab_size;
-      if (f.token.empty()) {
-        std::memcpy(out + first, y, rows * sizeof(float));
-        continue;
-      }
-      for (uint32_t r = 0; r < rows; ++r)
-        if (const uint32_t id = f.token[first + r]; id != FlashHead::kPadding) out[id] = y[r];
-    }
-  }
+  // Logits of the rows of one tile of the head to y[n][lanes].
+  void tile(uint32_t t, uint32_t n) const { multiply(m, t, acts, me.tmp, n, me.tile, m.tile_rows); }
 
   void dense(const float* hidden, uint32_t n, float* logits) {
     take(hidden, n);
+    const uint32_t lanes = m.tile_rows;
     uint32_t b, e;
     while (w.claim(m.tiles(), b, e))
-      for (uint32_t t = b; t < e; ++t) tile(t, n, logits);
+      for (uint32_t t = b; t < e; ++t) {
+        tile(t, n);
+        const uint32_t first = t * lanes, rows = std::min(lanes, m.rows - first);
+        float* to = f.token.empty() ? logits : sc.by_row.data();
+        for (uint32_t i = 0; i < n; ++i)
+          std::memcpy(to + size_t(i) * m.rows + first, me.tile + size_t(i) * lanes, rows * sizeof(float));
+      }
+    if (f.token.empty()) return;
+    // Rows in the order of clusters: written to logits one by one, each would drag in a cache line of its
+    // own. They are gathered from rows that fit a cache instead.
+    w.barrier();
+    constexpr uint32_t kStretch = 4096;
+    const uint32_t stretches = (s.vocab_size + kStretch - 1) / kStretch;
+    while (w.claim(n * stretches, b, e))
+      for (uint32_t item = b; item < e; ++item) {
+        const uint32_t i = item / stretches, lo = item % stretches * kStretch, hi = std::min(lo + kStretch, s.vocab_size);
+        const float* y = sc.by_row.data() + size_t(i) * m.rows;
+        float* out = logits + size_t(i) * s.vocab_size;
+        for (uint32_t id = lo; id < hi; ++id) out[id] = y[f.row[id]];
+      }
   }
+
+  // The likeliest token of each row among this thread's tiles, to me.likeliest.
+  void best(const float* hidden, uint32_t n) {
+    take(hidden, n);
+    uint32_t b, e;
+    while (w.claim(m.tiles(), b, e))
+      for (uint32_t t = b; t < e; ++t) {
+        tile(t, n);
+        const uint32_t first = t * m.tile_rows, rows = std::min(m.tile_rows, m.rows - first);
+        for (uint32_t i = 0; i < n; ++i) {
+          const float* y = me.tile + size_t(i) * m.tile_rows;
+          Scratch::Likely& best = me.likeliest[i];
+          float highest = y[0];
+          for (uint32_t r = 1; r < rows; ++r) highest = std::max(highest, y[r]);
+          if (highest < best.logit) continue;
+          for (uint32_t r = 0; r < rows; ++r) {
+            const uint32_t id = token_of(first + r);
+            if (id != FlashHead::kPadding && (y[r] > best.logit || (y[r] == best.logit && id < best.token))) best = {y[r], id};
+          }
+        }
+      }
+  }
+
+  uint32_t token_of(uint32_t row) const { return f.token.empty() ? row : f.token[row]; }
 
   // Scores of all clusters into sc.cluster.
   void score_clusters() {
@@ -158,12 +189,18 @@ struct Decoder::Head {
           const uint8_t* next = m.tile(me.chosen[i + 1] * per);
           for (size_t at = 0; at < 1024; at += 64) __builtin_prefetch(next + at, 0, 2);
         }
-        for (uint32_t t = me.chosen[i] * per; t < (me.chosen[i] + 1) * per; ++t) tile(t, 1, logits);
+        for (uint32_t t = me.chosen[i] * per; t < (me.chosen[i] + 1) * per; ++t) {
+          tile(t, 1);
+          for (uint32_t r = 0; r < m.tile_rows; ++r)
+            if (const uint32_t id = f.token[t * m.tile_rows + r]; id != FlashHead::kPadding) logits[id] = me.tile[r];
+        }
       }
   }
 };
 
 void Decoder::score(const float* hidden, uint32_t n, float* logits) {
+  const size_t rows = weights_.flash.token.empty() ? 0 : size_t(std::min(n, kHeadTokens)) * weights_.head.rows;
+  if (scratch_->by_row.size() < rows) scratch_->by_row.resize(rows);
   for (uint32_t i = 0; i < n; i += kHeadTokens)
     pool_.run([&](Pool::Worker& w) {
       Head{*this, w}.dense(hidden + size_t(i) * spec_.dim, std::min(kHeadTokens, n - i),
@@ -174,6 +211,26 @@ void Decoder::score(const float* hidden, uint32_t n, float* logits) {
 void Decoder::dense(const float* hidden, uint32_t n, float* logits) {
   const std::lock_guard lock(turn_);
   score(hidden, n, logits);
+}
+
+void Decoder::best(const float* hidden, uint32_t n, uint32_t* tokens) {
+  const std::lock_guard lock(turn_);
+  for (uint32_t at = 0; at < n; at += kHeadTokens) {
+    const uint32_t count = std::min(kHeadTokens, n - at);
+    // A thread that does not run this job has no say.
+    for (Scratch::Private& p : scratch_->threads) std::fill_n(p.likeliest, count, Scratch::Likely{-INFINITY, FlashHead::kPadding});
+    pool_.run([&](Pool::Worker& w) { Head{*this, w}.best(hidden + size_t(at) * spec_.dim, count); });
+    for (uint32_t i = 0; i < count; ++i) {
+      Scratch::Likely best = scratch_->threads[0].likeliest[i];
+      for (const Scratch::Private& p : scratch_->threads) {
+        const Scratch::Likely& other = p.likeliest[i];
+        if (other.logit > best.logit || (other.logit == best.logit && other.token < best.token)) best = other;
+      }
+      if (best.token == FlashHead::kPadding)
+        throw EngineError("no logit is a number: the model file is damaged or numerically unstable");
+      tokens[at + i] = best.token;
+    }
+  }
 }
 
 void Decoder::flash(const float* hidden, uint32_t probes, const std::vector<uint32_t>& more, float* logits,

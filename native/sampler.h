@@ -43,6 +43,8 @@ class Sampler {
   Sampler(uint32_t vocab_size, SamplerOptions options);
 
   uint32_t vocab_size() const { return n_; }
+  // sample() is the arg max of the logits as they are.
+  bool plain_greedy() const { return opt_.temperature == 0.0 && scratch_.empty(); }
 
   // Tokens of the prompt, for the repetition penalty.
   void observe(const uint32_t* tokens, size_t n);

@@ -29,6 +29,10 @@ struct Input {
 struct Scratch {
   Scratch(const ModelSpec& spec, const FlashHead& flash, uint32_t threads);
 
+  struct Likely {
+    float logit;
+    uint32_t token;
+  };
   struct Private {
     float* x;          // [dim] residual stream
     Input in;          // [widest], or [dim] in two parts
@@ -37,6 +41,7 @@ struct Scratch {
     float* tile;       // [kHeadTokens][16]
     float* scores;     // [16][kChunkTokens]
     float *max, *sum;  // [kRowsAtOnce]
+    Likely likeliest[kHeadTokens];
     std::vector<uint32_t> chosen;  // clusters a FlashHead scores
     std::vector<uint8_t> taken;    // [clusters] 1: in `chosen`
   };
@@ -64,7 +69,10 @@ struct Scratch {
   // [chunks][n_heads][head_dim + 2]. Grows with the context, before a pass.
   std::vector<float> partial;
 
-  size_t bytes() const { return arena_.bytes() + partial.capacity() * sizeof(float); }
+  // Logits of the whole head in the order of a FlashHead's rows, [kHeadTokens][rows]; grows with use.
+  std::vector<float> by_row;
+
+  size_t bytes() const { return arena_.bytes() + (partial.capacity() + by_row.capacity()) * sizeof(float); }
 
  private:
   void lay_out(Arena& a, const ModelSpec& spec, const FlashHead& flash);

@@ -39,12 +39,12 @@ class Loader {
  private:
   const TensorInfo& tensor(const std::string& name, const std::vector<uint64_t>& dims) {
     const TensorInfo* t = from_->find(name);
-    if (!t) throw ModelFileError(from_->path(), -1, name, "tensor " + name + " of shape " + shape_text(dims) + " is missing");
+    if (!t) throw ModelFileError(from_->path(), -1, name, from_->path() + ": tensor " + name + " of shape " + shape_text(dims) + " is missing");
     std::vector<uint64_t> found = t->dims;
     while (found.size() > dims.size() && found.back() == 1) found.pop_back();
     if (found != dims)
       throw ModelFileError(from_->path(), int64_t(t->offset), name,
-                           "tensor " + name + ": expected shape " + shape_text(dims) + ", found " + shape_text(t->dims));
+                           from_->path() + ": tensor " + name + ": expected shape " + shape_text(dims) + ", found " + shape_text(t->dims));
     return *t;
   }
 
@@ -196,7 +196,8 @@ class Loader {
   }
 
   [[noreturn]] void refuse(const std::string& key, const std::string& what) const {
-    throw ModelFileError(sidecar_->path(), -1, key, key + ": " + what + "; export the sidecar again");
+    throw ModelFileError(sidecar_->path(), -1, key,
+                         sidecar_->path() + ": " + key + ": " + what + "; export the sidecar again, or use the dense head (--head dense)");
   }
 
   const std::vector<int32_t>& integers(const std::string& key) const {

@@ -21,8 +21,9 @@ from edgert import _native
 from edgert.engines import open_engine
 from edgert.engines.native import NativeEngine
 from edgert.errors import ModelFileError, UsageError
+from edgert.locate import find_sidecar, sidecar_path
 from edgert.session_file import fingerprint
-from edgert.sidecar import Sidecar, find_sidecar, sidecar_path
+from edgert.sidecar import Sidecar
 
 MODELS = [
     ("llama", "Q4_0"),

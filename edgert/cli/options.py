@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgert.errors import UsageError
 
 if TYPE_CHECKING:
+    from edgert.download import Reporter
     from edgert.model import Model
 
 MAX_TOKENS = 512
@@ -96,11 +97,10 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_model(args: argparse.Namespace) -> Model:
     """Find, fetch if need be, and load the model that ``args`` names."""
-    from edgert.cli.progress import Bar
     from edgert.locate import model_path
     from edgert.model import load
 
-    path = model_path(args.model, Bar())
+    path = model_path(args.model, _bar)
     terminal = sys.stderr.isatty()
     if terminal:
         print(f"loading {args.model} …", end="", file=sys.stderr, flush=True)
@@ -120,6 +120,12 @@ def load_model(args: argparse.Namespace) -> Model:
     if args.head == "auto" and model.head == "flash":
         print(f"edgert: {model.head_note()}; --head exact gives them all", file=sys.stderr)
     return model
+
+
+def _bar() -> Reporter:
+    from edgert.cli.progress import Bar
+
+    return Bar()
 
 
 def first_messages(system: str | None) -> list[dict[str, str]]:

@@ -61,6 +61,9 @@ class NativeSession:
     def dense(self, hidden: Logits) -> Logits:
         return self._model.dense(hidden)
 
+    def best(self, hidden: Logits) -> list[int]:
+        return [int(token) for token in self._model.best(hidden)]
+
     def flash(self, hidden: Logits, more: Sequence[int]) -> Logits:
         if self._logits is None:
             raise EngineError("this model was loaded without a FlashHead: export one, or use head='dense'")

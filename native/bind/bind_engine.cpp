@@ -102,6 +102,19 @@ Logits dense(Decoder& d, Hidden h) {
   return to_array(std::move(out), {n, vocab});
 }
 
+nb::ndarray<nb::numpy, uint32_t> best(Decoder& d, Hidden h) {
+  check_dim(d, h.shape(1));
+  const size_t n = h.shape(0);
+  auto out = std::make_unique<uint32_t[]>(n);
+  {
+    nb::gil_scoped_release release;
+    d.best(h.data(), uint32_t(n), out.get());
+  }
+  uint32_t* p = out.release();
+  nb::capsule owner(p, [](void* q) noexcept { delete[] static_cast<uint32_t*>(q); });
+  return {p, {n}, owner};
+}
+
 // Logits of one position that stay in one place: -inf but for the tokens last scored.
 struct SparseLogits {
   explicit SparseLogits(uint32_t vocab) : logits(vocab, -INFINITY) {}
@@ -154,6 +167,8 @@ void bind_engine(nb::module_& m) {
            "Appends int32 tokens; returns the final residual of each, in front of the last norm, [n, dim].")
       .def("dense", &dense, nb::arg("hidden").noconvert(),
            "Logits of rows of hidden(), [n, vocab], by the whole head: the bits that forward() gives.")
+      .def("best", &best, nb::arg("hidden").noconvert(),
+           "The likeliest token of rows of hidden(), [n]: the arg max of dense(), the lowest id of equals.")
       .def("flash", &flash, nb::arg("hidden").noconvert(), nb::arg("probes"), nb::arg("more"), nb::arg("out"),
            "Logits of one row of hidden(), [dim], by a FlashHead, into `out`; see Decoder::flash.");
 

@@ -38,6 +38,7 @@ void bind_sampler(nb::module_& m) {
           "vocab_size"_a, nb::kw_only(), "temperature"_a = 0.0, "top_k"_a = 0, "top_p"_a = 1.0, "min_p"_a = 0.0,
           "repetition_penalty"_a = 1.0, "presence_penalty"_a = 0.0, "frequency_penalty"_a = 0.0, "seed"_a = 0,
           "bias"_a = std::vector<std::pair<uint32_t, float>>{})
+      .def_prop_ro("plain_greedy", &Sampler::plain_greedy, "sample() is the arg max of the logits as they are.")
       .def("observe", [](Sampler& s, const std::vector<uint32_t>& tokens) { s.observe(tokens.data(), tokens.size()); },
            "tokens"_a, "Tokens of the prompt, for the repetition penalty.")
       .def("accept", &Sampler::accept, "token"_a, "A token of the reply, for all penalties.")
