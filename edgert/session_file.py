@@ -12,20 +12,19 @@ Layout, integers little-endian:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import struct
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 
 from .errors import ModelFileError, SessionFileError
+from .whole_file import write_whole
 
 MAGIC = b"EDGERTS1"
 DIGEST_BYTES = 32
@@ -37,31 +36,18 @@ def write(path: str | PathLike[str], model: Mapping[str, str], tokens: Sequence[
     path = Path(path)
     header = json.dumps({"model": dict(model), "tokens": len(tokens), "state": len(state)}).encode()
     parts = (MAGIC, struct.pack("<I", len(header)), header, np.asarray(tokens, "<i4").tobytes(), state)
-    digest = hashlib.sha256()
-    temporary = None
+
+    def digested() -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+            yield part
+        yield digest.digest()
+
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as file:
-            for part in parts:
-                digest.update(part)
-                file.write(part)
-            file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        temporary = None
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # makes the new name itself last
-        finally:
-            os.close(directory)
+        write_whole(path, digested())
     except OSError as error:
         raise SessionFileError(f"cannot save the session to {path}: {error.strerror}", str(path)) from error
-    finally:
-        if temporary:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 def read(path: str | PathLike[str], model: Mapping[str, str]) -> tuple[list[int], bytes]:

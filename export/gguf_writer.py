@@ -8,10 +8,7 @@ u64 length and UTF-8 bytes; an array u32 element type, u64 count, values.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert.errors import EdgertError
+from edgert.whole_file import write_whole
 
 ALIGNMENT = 32
 _U32, _I32, _STRING, _ARRAY, _U64 = 4, 5, 8, 9, 10
@@ -58,7 +56,13 @@ def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Sequence[Tens
     parts: list[Any] = [head, bytes(_padding(len(head)))]
     for t in tensors:
         parts += [np.ascontiguousarray(t.data).data, bytes(_padding(t.data.size))]
-    _write_whole(path, parts)
+    try:
+        write_whole(path, parts)
+        path.chmod(0o644)  # like the model it lies beside, for every user of the machine
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; choose another place with --output"
+        ) from error
 
 
 def _padding(size: int) -> int:
@@ -76,25 +80,3 @@ def _value(value: Value) -> bytes:
     if isinstance(value, int):
         return struct.pack("<II", _U32, value) if value < 2**32 else struct.pack("<IQ", _U64, value)
     return struct.pack("<IIQ", _ARRAY, _I32, value.size) + value.astype("<i4").tobytes()
-
-
-def _write_whole(path: Path, parts: Sequence[Any]) -> None:
-    temporary = None
-    try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}; choose another place with --output"
-        ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
