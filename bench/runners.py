@@ -1,19 +1,29 @@
-"""The two engines behind the few calls a measurement needs, each by its shortest way from Python."""
+"""edgert and llama.cpp behind the few calls a measurement needs, each by its shortest way from Python."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from edgert.engines import llamacpp, open_engine
+from edgert import _native
+from edgert.engines import llamacpp
 from edgert.engines.base import Logits
+from edgert.engines.native import NativeSession
+from edgert.exact import ExactHead
+from edgert.model import load
+
+if TYPE_CHECKING:
+    from edgert.session import Session
 
 
 class Runner(Protocol):
+    """Greedy throughout. ``label`` names the engine in diagnostics."""
+
     label: str
 
     def prefill(self, tokens: Sequence[int]) -> int:
@@ -22,30 +32,77 @@ class Runner(Protocol):
 
     def step(self, token: int) -> int: ...
 
+    def generate(self, token: int, n: int) -> list[int]:
+        """The ``n`` tokens that follow ``token``, which is not in the cache yet."""
+        ...
+
     def clear(self) -> None: ...
 
     def mark(self) -> None:
         """Remember this point of the sequence for :meth:`back`."""
         ...
 
-    def back(self) -> None: ...
+    def back(self) -> bool:
+        """False where the engine has forgotten that point; the cache must then be filled again."""
+        ...
+
+    def step_bytes(self) -> int | None:
+        """Bytes of weights, keys and values that a token costs at this length; None when unknown."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """``engine_version``, ``isa`` and whatever else tells one build from another."""
+        ...
 
     def close(self) -> None: ...
 
 
-class Native:
-    """One session of the native engine."""
+class Stepper:
+    """:meth:`Runner.generate` for an engine that takes one token at a time."""
 
-    def __init__(self, path: Path, threads: int, context: int) -> None:
+    def step(self, token: int) -> int:
+        raise NotImplementedError
+
+    def generate(self, token: int, n: int) -> list[int]:
+        tokens: list[int] = []
+        for _ in range(n):
+            token = self.step(token)
+            tokens.append(token)
+        return tokens
+
+
+class Native(Stepper):
+    """One session of the native engine, with one of its heads."""
+
+    def __init__(self, path: Path, threads: int, context: int, head: str = "dense", kv: str = "f16") -> None:
         self.label = "edgert"
-        self.engine = open_engine(path, "native", threads=threads)
-        self.session = self.engine.session(context)
+        # With the tokenizer, so that the memory of the process is that of a program that answers.
+        self._model = load(path, engine="native", threads=threads, context=max(context, 2), kv=kv, head=head)
+        self.engine = self._model.engine
+        self.session = cast(NativeSession, self.engine.session(context))
+        self._head = head
+        self._exact: ExactHead | None = None
 
     def prefill(self, tokens: Sequence[int]) -> int:
         return int(self.session.prefill(tokens).argmax())
 
     def step(self, token: int) -> int:
+        if self._head == "flash":
+            return int(self.session.flash(self.session.hidden(token), ()).argmax())
         return int(self.session.step(token).argmax())
+
+    def generate(self, token: int, n: int) -> list[int]:
+        if self._head != "exact":
+            return super().generate(token, n)
+        sampler = _native.Sampler(self.engine.vocab_size)
+        # Of a session the exact head uses what the engine's own offers too.
+        self._exact = ExactHead(cast("Session", self.session), sampler, (), False)
+        tokens = [token]
+        while len(tokens) <= n:
+            left = n + 1 - len(tokens)
+            block = self._exact.block(tokens[-1], self.session.length + 1, left, (), lambda: False)
+            tokens += [chosen for chosen, _ in block]
+        return tokens[1:]
 
     def clear(self) -> None:
         self.session.rewind(0)
@@ -53,21 +110,28 @@ class Native:
     def mark(self) -> None:
         self._length, self._state = self.session.length, self.session.snapshot()
 
-    def back(self) -> None:
+    def back(self) -> bool:
         if self.session.rewind(self._length) != self._length:  # a window has moved on
             self.session.restore(self._state)
+        return True
 
     def step_bytes(self) -> int:
-        """Bytes of weights, keys and values that the next step reads."""
-        cache: Any = self.session
-        return int(self.engine.describe()["weight_bytes_per_step"]) + int(cache.step_bytes)
+        """Of the exact head: what the tokens of the last :meth:`generate` cost on average."""
+        described = self.engine.describe()
+        weights = described["flash_bytes_per_step" if self._head == "flash" else "weight_bytes_per_step"]
+        if self._exact:
+            weights = self._exact.bytes_per_token(described) or weights
+        return int(weights) + self.session.step_bytes
+
+    def about(self) -> dict[str, Any]:
+        return {"engine_version": version("edgert"), "isa": self.engine.describe()["isa"]}
 
     def close(self) -> None:
         self.session.close()
-        self.engine.close()
+        self._model.close()
 
 
-class LlamaCpp:
+class LlamaCpp(Stepper):
     """One llama_context, driven by llama_decode itself, so that no Python of ours is charged to it."""
 
     def __init__(self, path: Path, threads: int, context: int, flash_attn: bool) -> None:
@@ -97,9 +161,20 @@ class LlamaCpp:
     def mark(self) -> None:
         self._length = self._api.llama_memory_seq_pos_max(self._memory, 0) + 1
 
-    def back(self) -> None:
-        # Windows of llama.cpp are wider by a batch, so the few steps of a sample can be taken back.
-        assert self._api.llama_memory_seq_rm(self._memory, 0, self._length, -1)
+    def back(self) -> bool:
+        removed = self._api.llama_memory_seq_rm(self._memory, 0, self._length, -1)
+        # Windows of llama.cpp are wider by a batch, so the steps of a sample can be taken back, but not
+        # always a prompt.
+        first = self._api.llama_memory_seq_pos_min(self._memory, 0)
+        window = self.engine.window
+        return bool(removed) and 0 <= first <= (max(0, self._length - window + 1) if window else 0)
+
+    def step_bytes(self) -> None:
+        return None
+
+    def about(self) -> dict[str, Any]:
+        described = self.engine.describe()
+        return {"engine_version": described["version"], "isa": described["isa"]}
 
     def close(self) -> None:
         self.engine.close()

@@ -21,13 +21,18 @@ VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULE
     "chat": "talk with a model",
     "pull": "fetch a model into the cache, or list those known by name",
     "export": "make a model's sidecar: its clustered vocabulary head",
+    "bench": "measure a model's speed and memory, beside other engines",
     "eval": "measure how often a FlashHead gives the dense head's tokens",
     "info": "say what a model file is",
     "doctor": "say what this machine can do and what limits it",
 }
 
 
-MODULES = {"export": "edgert.export.cli", "eval": "edgert.bench.eval_head"}
+MODULES = {
+    "export": "edgert.export.cli",
+    "bench": "edgert.bench.cli",
+    "eval": "edgert.bench.eval_head",
+}
 
 
 class Parser(argparse.ArgumentParser):

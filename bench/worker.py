@@ -1,0 +1,112 @@
+"""A process that runs one test in one setting of one engine: what it has resident is that setting's alone.
+
+It reads a :class:`Job` as a line of JSON from stdin, answers with what it loaded, then answers every line
+that names a method of :class:`Bench`. Ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from edgert.bench.runners import LlamaCpp, Native, Runner
+from edgert.bench.settings import Job
+
+from edgert.errors import EdgertError
+from edgert.generate import peak_memory
+
+
+def make_runner(job: Job) -> Runner:
+    setting, context = job.setting, job.test.positions + 1
+    path = Path(setting.source)
+    if setting.engine == "edgert":
+        return Native(path, job.threads, context, setting.head, setting.kv)
+    return LlamaCpp(path, job.threads, context, **setting.options)
+
+
+class Bench:
+    """One test: its runs leave the cache as they found it."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._test = job, job.test
+        self._runner = make_runner(job)
+        self._fill()
+
+    def _fill(self) -> None:
+        """Put the text in front of the test into the cache."""
+        self._runner.clear()
+        began = time.perf_counter()
+        before = self._test.before
+        self._first = self._runner.prefill(self._job.text[:before]) if before else 0
+        self._seconds = time.perf_counter() - began
+        if before:
+            self._runner.mark()
+
+    def about(self) -> dict[str, Any]:
+        """The build, and the seconds from handing over the text in front to its first token."""
+        return {**self._runner.about(), "fill_seconds": self._seconds}
+
+    def run(self) -> dict[str, Any]:
+        """``seconds``, the ``tokens`` chosen, and ``step_bytes``, the mean over a generation."""
+        if not self._test.before:
+            self._runner.clear()
+        elif not self._runner.back():
+            self._fill()
+        if self._test.prompt:
+            return self._prompt()
+        before = self._runner.step_bytes()
+        began = time.perf_counter()
+        tokens = self._runner.generate(self._first, self._test.generate)
+        seconds = time.perf_counter() - began
+        after = self._runner.step_bytes()
+        mean = None if before is None or after is None else (before + after) // 2
+        return {"seconds": seconds, "tokens": tokens, "step_bytes": mean}
+
+    def _prompt(self) -> dict[str, Any]:
+        ids = self._job.text[self._test.depth : self._test.depth + self._test.prompt]
+        began = time.perf_counter()
+        token = self._runner.prefill(ids)
+        return {"seconds": time.perf_counter() - began, "tokens": [token], "step_bytes": None}
+
+    def along(self) -> dict[str, Any]:
+        """The likeliest token after each token of the text but the first ones, one step at a time."""
+        text = self._job.text
+        self._runner.clear()
+        tops = [self._runner.prefill(text[:1]), *(self._runner.step(token) for token in text[1:])]
+        return {"tokens": tops}
+
+    def peak(self) -> dict[str, Any]:
+        """Highest resident bytes so far."""
+        return {"bytes": peak_memory()}
+
+
+def main() -> None:
+    # Whatever a library prints must not end up between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(value: dict[str, Any]) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    try:
+        bench = Bench(Job.from_json(json.loads(sys.stdin.readline())))
+        answer(bench.about())
+        for line in sys.stdin:
+            answer(getattr(bench, line.strip())())
+    except BrokenPipeError:
+        pass  # nobody waits for the answer any more
+    except Exception as error:
+        kind = type(error).__name__ if isinstance(error, EdgertError) else "EngineError"
+        text = str(error) if isinstance(error, EdgertError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(BrokenPipeError):
+            answer({"error": text, "kind": kind})
+
+
+if __name__ == "__main__":
+    main()
