@@ -25,18 +25,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head", metavar="NAME,…", help="dense, flash, exact; default: all that the model has"
     )
     parser.add_argument("--kv", default="f16", metavar="TYPE,…", help="of the keys and values; default: f16")
-    parser.add_argument("--peer", action="append", metavar="NAME,…", help="engines to compare with: llamacpp")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        metavar="NAME,…",
+        help="engines to compare with: llamacpp, transformers[=DIR], onnxruntime-genai=DIR",
+    )
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument(
-        "-o", "--output", default="md", metavar="FORMAT", help="md (default), csv, json, jsonl"
+        "-o", "--output", default="md", metavar="FORMAT", help="md (default), csv, json, jsonl, html"
     )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed and memory")
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.model == "compare":
+        return _compare(args)
     if args.files:
         raise UsageError(f"one model at a time: {args.files[0]!r} is one too many")
     # The packages of the harness are imported here, so that --help stays quick.
+    from edgert.bench import plots
     from edgert.bench.context import context
+    from edgert.bench.int8_head import with_int8_head
     from edgert.bench.request import FORMATS, known, make_request
     from edgert.bench.suite import measure
 
@@ -44,22 +54,43 @@ def main(args: argparse.Namespace) -> int:
     from edgert.locate import model_path
 
     known("-o", args.output, FORMATS)
+    if args.output == "html":
+        plots.figures()
+    if args.plot:
+        plots.check_png(args.plot)
     model = Path(model_path(args.model, Bar))
-    request = make_request(args, model)
     rows: list[dict[str, Any]] = []
     try:
-        for row in measure(request, context(model)):
-            rows.append(row)
-            if args.output == "jsonl":
-                print(json.dumps(row), flush=True)
+        with with_int8_head(make_request(args, model)) as request:
+            for row in measure(request, context(model)):
+                rows.append(row)
+                if args.output == "jsonl":
+                    print(json.dumps(row), flush=True)
     finally:  # an error or Ctrl-C loses nothing that was measured
-        if rows and args.output != "jsonl":
+        if rows:
             _print(rows, args.output)
+            if args.plot:
+                plots.write_png(rows, args.plot)
     return 0
 
 
 def _print(rows: Sequence[dict[str, Any]], output: str) -> None:
-    from edgert.bench import table
+    from edgert.bench import page, table
 
-    make = {"md": table.markdown, "csv": table.to_csv, "json": table.to_json}[output]
-    print(make(rows), end="" if output == "csv" else "\n", flush=True)
+    if output == "csv":
+        print(table.to_csv(rows), end="", flush=True)
+    elif output != "jsonl":  # whose rows were printed one by one
+        make = {"md": table.markdown, "json": table.to_json, "html": page.page}[output]
+        print(make(rows), flush=True)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from edgert.bench.compare_runs import compare
+    from edgert.bench.request import known
+
+    if len(args.files) != 2:
+        raise UsageError(f"compare takes two results, A and B: {len(args.files)} given")
+    known("-o", args.output, ("md", "json"))
+    a, b = map(Path, args.files)
+    print(compare(a, b, args.output))
+    return 0

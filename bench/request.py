@@ -21,10 +21,13 @@ from edgert.tokenizer import Tokenizer
 HEADS = ("dense", "flash", "exact")
 FORMATS = ("md", "csv", "json", "jsonl", "html")
 MOST_THREADS, MOST_REPETITIONS = 1024, 1000
-# Peer -> the module it is imported as, what installs it, whether it needs a directory of its own.
+# Peer -> the packages it needs; for transformers, those that read GGUF files come last.
 PEERS = {
-    "llamacpp": ("llama_cpp", "llama-cpp-python", False),
+    "llamacpp": ("llama-cpp-python",),
+    "transformers": ("transformers", "torch", "gguf", "accelerate"),
+    "onnxruntime-genai": ("onnxruntime-genai",),
 }
+MODULES = {"llama-cpp-python": "llama_cpp", "onnxruntime-genai": "onnxruntime_genai"}
 
 
 def known(option: str, word: str, names: Sequence[str]) -> str:
@@ -140,15 +143,26 @@ def _default_threads() -> int:
 
 def _peer(word: str, model: Path) -> Iterator[Setting]:
     """The settings of a peer, ``name`` or ``name=DIRECTORY``."""
-    name, _, directory = word.partition("=")
+    name, given, directory = word.partition("=")
     known("--peer", name, tuple(PEERS))
-    module, package, needs_directory = PEERS[name]
-    if find_spec(module) is None:
-        raise EngineError(f"--peer {name} needs {package}, which is not installed: pip install {package}")
-    if directory and not needs_directory:
-        raise UsageError(f"--peer {name} reads the model itself: drop {word.removeprefix(name)!r}")
-    # Which is faster depends on the processor and the context, so both are measured.
-    for flash in (True, False):
-        yield Setting(
-            "llamacpp", str(model), variant=f"fa {'on' if flash else 'off'}", options={"flash_attn": flash}
+    needed = PEERS[name][:2] if given else PEERS[name]
+    missing = [package for package in needed if find_spec(MODULES.get(package, package)) is None]
+    if missing:
+        raise EngineError(
+            f"--peer {name} needs {' and '.join(missing)}, not installed: pip install {' '.join(missing)}"
         )
+    if name == "llamacpp":
+        if given:
+            raise UsageError(f"--peer llamacpp reads the model itself: drop ={directory}")
+        # Which is faster depends on the processor and the context, so both are measured.
+        for flash in (True, False):
+            variant = f"fa {'on' if flash else 'off'}"
+            yield Setting(name, str(model), variant=variant, options={"flash_attn": flash})
+        return
+    if not given and name == "onnxruntime-genai":
+        raise UsageError(
+            "--peer onnxruntime-genai needs the directory its model builder wrote: onnxruntime-genai=DIR"
+        )
+    if given and not Path(directory).expanduser().is_dir():
+        raise UsageError(f"--peer {name}: there is no directory {directory!r}")
+    yield Setting(name, str(Path(directory).expanduser().absolute()) if given else str(model))

@@ -30,18 +30,23 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
+def cells(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Heading -> a cell a row, without the columns that are empty."""
+    columns = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
+    return {name: column for name, column in columns.items() if any(column)}
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The table, a line on what was measured where, and a line for every warning."""
-    columns = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    columns = cells(rows)
     lines = ["| " + " | ".join(columns) + " |"]
     lines.append("|" + "|".join("---" if name in ("engine", "test") else "---:" for name in columns) + "|")
-    lines += ["| " + " | ".join(cells) + " |" for cells in zip(*columns.values(), strict=True)]
+    lines += ["| " + " | ".join(line) + " |" for line in zip(*columns.values(), strict=True)]
     return "\n".join([*lines, "", *notes(rows)])
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What the reader of a table must know of the machine, and every warning once."""
+    """What the reader of a table must know of the run, and its warnings."""
     first = rows[0]
     rates = [r["machine_bytes_per_second"] for r in rows if r["machine_bytes_per_second"]]
     power = ", ".join(
@@ -49,20 +54,20 @@ def notes(rows: Sequence[Row]) -> list[str]:
         for what, key in (("board", "board"), ("power mode", "power_mode"), ("governor", "governor"))
         if first[key]
     )
-    lines = [
+    return [
         f"{first['model']} (SHA-256 {first['model_sha256'][:12]}…), edgert {first['edgert']} build "
         f"{first['edgert_build']} ({first['edgert_isa']}), {first['date']}.",
         f"{first['cpu']}, {first['cores']} cores, {first['memory'] / 2**30:.0f} GiB, {first['kernel']}"
         + (f", {power}" if power else "")
         + (f"; it read {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s." if rates else "."),
+        *(f"**Warning:** {warning}." for warning in warnings(rows)),
     ]
-    for warning in dict.fromkeys(w for row in rows for w in _named_warnings(row)):
-        lines.append(f"**Warning:** {warning}.")
-    return lines
 
 
-def _named_warnings(row: Row) -> list[str]:
-    return [f"{row['test']}, {row['threads']} threads: {warning}" for warning in row["warnings"]]
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """Every warning once, with the test it belongs to."""
+    named = (f"{r['test']}, {r['threads']} threads: {warning}" for r in rows for warning in r["warnings"])
+    return list(dict.fromkeys(named))
 
 
 def to_json(rows: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edgert.bench.peers import OnnxGenai, Transformers
 from edgert.bench.runners import LlamaCpp, Native, Runner
 from edgert.bench.settings import Job
 
@@ -26,6 +27,10 @@ def make_runner(job: Job) -> Runner:
     path = Path(setting.source)
     if setting.engine == "edgert":
         return Native(path, job.threads, context, setting.head, setting.kv)
+    if setting.engine == "transformers":
+        return Transformers(path, job.threads)
+    if setting.engine == "onnxruntime-genai":
+        return OnnxGenai(path, job.threads, context)
     return LlamaCpp(path, job.threads, context, **setting.options)
 
 
@@ -53,12 +58,11 @@ class Bench:
 
     def run(self) -> dict[str, Any]:
         """``seconds``, the ``tokens`` chosen, and ``step_bytes``, the mean over a generation."""
-        if not self._test.before:
-            self._runner.clear()
-        elif not self._runner.back():
-            self._fill()
+        self._rewind()
         if self._test.prompt:
             return self._prompt()
+        self._runner.step(self._first)  # wakes the threads, which slept while others had their turn
+        self._rewind()
         before = self._runner.step_bytes()
         began = time.perf_counter()
         tokens = self._runner.generate(self._first, self._test.generate)
@@ -66,6 +70,12 @@ class Bench:
         after = self._runner.step_bytes()
         mean = None if before is None or after is None else (before + after) // 2
         return {"seconds": seconds, "tokens": tokens, "step_bytes": mean}
+
+    def _rewind(self) -> None:
+        if not self._test.before:
+            self._runner.clear()
+        elif not self._runner.back():
+            self._fill()
 
     def _prompt(self) -> dict[str, Any]:
         ids = self._job.text[self._test.depth : self._test.depth + self._test.prompt]
