@@ -127,7 +127,7 @@ def detect_cpu(root: Path = ROOT) -> Cpu:
     model = info.get("model name", "")
     flags = (info.get("flags") or info.get("Features") or "").split()
     if not model:  # boards name themselves in the device tree
-        model = _text(root / "proc/device-tree/model").strip("\0\n ")
+        model = read_text(root / "proc/device-tree/model").strip("\0\n ")
     if not model or not flags:
         model, flags = _slow_cpuinfo(model, flags)
     features = tuple(f for f in RELEVANT_FEATURES if f in flags)
@@ -136,7 +136,7 @@ def detect_cpu(root: Path = ROOT) -> Cpu:
 
 def detect_memory(root: Path = ROOT) -> Memory:
     fields: dict[str, int] = {}
-    for line in _text(root / "proc/meminfo").splitlines():
+    for line in read_text(root / "proc/meminfo").splitlines():
         key, _, value = line.partition(":")
         number = value.split()
         if number and number[0].isdigit():
@@ -153,7 +153,7 @@ def detect_memory(root: Path = ROOT) -> Memory:
 def detect_limits(root: Path = ROOT) -> Limits:
     """CPU and memory limits of this process's cgroups, v2 or v1, parents included."""
     groups: dict[str, str] = {}  # controller -> path; "" is the v2 hierarchy
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         for controller in controllers.split(","):
@@ -166,22 +166,22 @@ def detect_limits(root: Path = ROOT) -> Limits:
     for kind, names, mount_root, mount_point in mounts:
         if kind == "cgroup2" and "" in groups:
             for directory in _upward(root, mount_root, mount_point, groups[""]):
-                quota, _, period = _text(directory / "cpu.max").strip().partition(" ")
+                quota, _, period = read_text(directory / "cpu.max").strip().partition(" ")
                 if quota.isdigit() and period.isdigit() and int(period):
                     cpus.append(int(quota) / int(period))
-                limit = _text(directory / "memory.max").strip()
+                limit = read_text(directory / "memory.max").strip()
                 if limit.isdigit():
                     memory.append(int(limit))
                     used = _tightest(memory, used, directory / "memory.current")
         elif kind == "cgroup" and "cpu" in names and "cpu" in groups:
             for directory in _upward(root, mount_root, mount_point, groups["cpu"]):
-                quota = _text(directory / "cpu.cfs_quota_us").strip()
-                period = _text(directory / "cpu.cfs_period_us").strip()
+                quota = read_text(directory / "cpu.cfs_quota_us").strip()
+                period = read_text(directory / "cpu.cfs_period_us").strip()
                 if quota.isdigit() and period.isdigit() and int(period):
                     cpus.append(int(quota) / int(period))
         elif kind == "cgroup" and "memory" in names and "memory" in groups:
             for directory in _upward(root, mount_root, mount_point, groups["memory"]):
-                limit = _text(directory / "memory.limit_in_bytes").strip()
+                limit = read_text(directory / "memory.limit_in_bytes").strip()
                 if limit.isdigit() and int(limit) < 1 << 60:  # v1 writes "no limit" as a huge number
                     memory.append(int(limit))
                     used = _tightest(memory, used, directory / "memory.usage_in_bytes")
@@ -194,13 +194,13 @@ def _tightest(memory: list[int], used: int | None, current: Path) -> int | None:
     """Use of the group whose limit, the last of ``memory``, is the smallest so far."""
     if memory[-1] > min(memory):
         return used
-    text = _text(current).strip()
+    text = read_text(current).strip()
     return int(text) if text.isdigit() else None
 
 
 def _cgroup_mounts(root: Path) -> Iterator[tuple[str, list[str], str, str]]:
     """(cgroup or cgroup2, controllers, root within the hierarchy, mount point) of each mount."""
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in read_text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         left, right = before.split(), after.split()
         if len(left) >= 5 and len(right) >= 3 and right[0] in ("cgroup", "cgroup2"):
@@ -225,7 +225,7 @@ def _upward(root: Path, mount_root: str, mount_point: str, group: str) -> Iterat
 def _cpuinfo(root: Path) -> dict[str, str]:
     """The fields of the first processor in /proc/cpuinfo."""
     fields: dict[str, str] = {}
-    for line in _text(root / "proc/cpuinfo").splitlines():
+    for line in read_text(root / "proc/cpuinfo").splitlines():
         key, colon, value = line.partition(":")
         if colon:
             fields.setdefault(key.strip(), value.strip())
@@ -246,17 +246,17 @@ def _slow_cpuinfo(model: str, flags: list[str]) -> tuple[str, list[str]]:
 def _physical_cores(root: Path) -> int:
     cores = set()
     for topology in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/topology"):
-        core = _text(topology / "core_id").strip()
+        core = read_text(topology / "core_id").strip()
         if core:
-            cores.add((_text(topology / "physical_package_id").strip(), core))
+            cores.add((read_text(topology / "physical_package_id").strip(), core))
     return len(cores)
 
 
 def _caches(root: Path) -> tuple[Cache, ...]:
     seen: dict[tuple[int, str, str], int] = {}
     for index in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
-        level, kind = _text(index / "level").strip(), _text(index / "type").strip().lower()
-        size, shared = _text(index / "size").strip(), _text(index / "shared_cpu_list").strip()
+        level, kind = read_text(index / "level").strip(), read_text(index / "type").strip().lower()
+        size, shared = read_text(index / "size").strip(), read_text(index / "shared_cpu_list").strip()
         if level.isdigit() and size[:-1].isdigit() and size[-1:] in "KM":
             factor = 1024 if size[-1] == "K" else 1 << 20
             seen[int(level), kind, shared] = int(size[:-1]) * factor
@@ -266,7 +266,7 @@ def _caches(root: Path) -> tuple[Cache, ...]:
     return tuple(Cache(level, kind, sum(s), len(s)) for (level, kind), s in sorted(totals.items()))
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from edgert.platforms import recognise
 from edgert.platforms.detect import (
     Cpu,
     Limits,
@@ -15,6 +16,8 @@ from edgert.platforms.detect import (
     detect_limits,
     detect_memory,
 )
+from edgert.platforms.recognise import Recognised, detect_platform
+from edgert.platforms.state import Clocks, Power, detect_clocks, detect_l4t, detect_mode, detect_power
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -182,3 +185,308 @@ def test_this_machine() -> None:
     found = detect()
     assert found.cpu.model and 1 <= found.cpu.cores <= found.cpu.logical
     assert found.memory.total > 0
+
+
+# Boards, described by the files that they have.
+
+
+def meminfo(kib: int) -> dict[str, str]:
+    return {"proc/meminfo": f"MemTotal: {kib} kB\nMemAvailable: {kib // 2} kB\nSwapFree: 0 kB\n"}
+
+
+def arm_cpuinfo(*parts: str) -> dict[str, str]:
+    cores = (f"processor\t: {i}\nFeatures\t: asimd\nCPU part\t: {p}\n" for i, p in enumerate(parts))
+    return {"proc/cpuinfo": "\n".join(cores)}
+
+
+def device_tree(*compatible: str) -> dict[str, str]:
+    return {"proc/device-tree/compatible": "".join(entry + "\0" for entry in compatible)}
+
+
+def cpufreq(policy: int, allowed: int, hardware: int, governor: str = "schedutil") -> dict[str, str]:
+    """Clocks in kHz."""
+    base = f"sys/devices/system/cpu/cpufreq/policy{policy}"
+    return {
+        f"{base}/scaling_max_freq": f"{allowed}\n",
+        f"{base}/cpuinfo_max_freq": f"{hardware}\n",
+        f"{base}/scaling_governor": f"{governor}\n",
+    }
+
+
+def supply(name: str, **files: str) -> dict[str, str]:
+    return {f"sys/class/power_supply/{name}/{key}": f"{value}\n" for key, value in files.items()}
+
+
+NVPMODEL_NANO = """
+# < POWER_MODEL ID=9 NAME=COMMENT >
+< PARAM TYPE=FILE NAME=CPU_ONLINE >
+CORE_0 /sys/devices/system/cpu/cpu0/online
+< POWER_MODEL ID=0 NAME=15W >
+CPU_ONLINE CORE_0 1
+< POWER_MODEL ID=1 NAME=25W >
+< POWER_MODEL ID=2 NAME=MAXN_SUPER >
+< PM_CONFIG DEFAULT=1 >
+"""
+
+
+def orin_nano(mode: int | None, cpu: int, memory: int) -> dict[str, str]:
+    """An Orin Nano developer kit of JetPack 6.2; clocks in kHz and Hz."""
+    files = {
+        **device_tree("nvidia,p3768-0000+p3767-0005-super", "nvidia,p3767-0005", "nvidia,tegra234"),
+        **meminfo(7_801_000),
+        **arm_cpuinfo(*6 * ["0xd42"]),
+        **cpufreq(0, cpu, 1_728_000),
+        **cpufreq(4, cpu, 1_728_000),
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.7, GCID: 42132812, BOARD: generic\n",
+        "etc/nvpmodel.conf": NVPMODEL_NANO,
+        "sys/devices/system/cpu/online": "0-5\n",
+        "sys/kernel/nvpmodel_clk_cap/emc": f"{memory}\n",
+    }
+    return files if mode is None else files | {"var/lib/nvpmodel/status": f"pmode:{mode:04}"}
+
+
+def found(root: Path, files: dict[str, str]) -> Recognised:
+    return detect_platform(write(root, files))
+
+
+def name_of(recognised: Recognised) -> str | None:
+    return recognised.platform.name if recognised.platform else None
+
+
+def test_orin_nano_super_at_maxn(tmp_path: Path) -> None:
+    board = found(tmp_path, orin_nano(2, 1_728_000, 3_199_000_000))
+    assert (name_of(board), board.mode, board.l4t) == ("jetson-orin-nano-8gb", "MAXN_SUPER", "36.4.7")
+    assert board.clocks == Clocks(6, 1_728_000_000, 1_728_000_000, "schedutil", 3_199_000_000)
+    assert board.platform and board.mode and board.platform.in_mode(board.mode) == board.platform
+    assert "p3767-0005-super" in board.reason and board.power == Power()
+
+
+def test_orin_nano_super_at_15w(tmp_path: Path) -> None:
+    board = found(tmp_path, orin_nano(0, 1_497_600, 2_133_000_000))
+    assert (board.mode, board.clocks.cpu_allowed, board.clocks.memory) == (
+        "15W",
+        1_497_600_000,
+        2_133_000_000,
+    )
+    assert board.platform and board.platform.in_mode("15W").clusters[0].clock == board.clocks.cpu_allowed
+    assert board.platform.memory.total == 8 << 30
+
+
+def test_jetson_that_never_left_its_first_mode(tmp_path: Path) -> None:
+    assert found(tmp_path, orin_nano(None, 1_344_000, 3_199_000_000)).mode == "25W"
+
+
+@pytest.mark.parametrize("status", ["pmode:0009", "", "pmode:"])
+def test_power_mode_that_cannot_be_told(tmp_path: Path, status: str) -> None:
+    conf = NVPMODEL_NANO.replace("DEFAULT=1", "DEFAULT=7")
+    root = write(tmp_path, {"etc/nvpmodel.conf": conf, "var/lib/nvpmodel/status": status})
+    assert detect_mode(root) is None
+
+
+def test_agx_orin_64(tmp_path: Path) -> None:
+    board = found(
+        tmp_path,
+        {
+            **device_tree("nvidia,p3737-0000+p3701-0005", "nvidia,p3701-0005", "nvidia,tegra234"),
+            **meminfo(64_350_000),
+            **cpufreq(0, 1_728_000, 2_201_600),
+            **cpufreq(4, 1_728_000, 2_201_600),
+            "etc/nv_tegra_release": "# R35 (release), REVISION: 4.1, GCID: 33958178, BOARD: t186ref\n",
+            "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=2 NAME=MODE_30W >\n",
+            "var/lib/nvpmodel/status": "pmode:0002 fmode:quiet\n",
+            "sys/devices/system/cpu/online": "0-7\n",
+            "sys/kernel/nvpmodel_emc_cap/emc_iso_cap": "0\n",  # no cap
+        },
+    )
+    assert (name_of(board), board.mode, board.l4t) == ("jetson-agx-orin-64gb", "MODE_30W", "35.4.1")
+    assert board.clocks.online == 8 and board.clocks.memory is None
+    assert board.platform and board.platform.in_mode("MODE_30W").cores == 8
+    assert board.platform.memory.total == 64 << 30
+
+
+def test_raspberry_pi_5(tmp_path: Path) -> None:
+    board = found(
+        tmp_path,
+        {
+            **device_tree("raspberrypi,5-model-b", "brcm,bcm2712"),
+            **meminfo(4_142_000),
+            **cpufreq(0, 2_400_000, 2_400_000, "ondemand"),
+        },
+    )
+    assert name_of(board) == "raspberry-pi-5" and board.platform and board.platform.memory.total == 4 << 30
+    assert (board.mode, board.l4t, board.clocks.governor) == (None, None, "ondemand")
+
+
+def test_rk3588(tmp_path: Path) -> None:
+    board = found(
+        tmp_path,
+        {
+            **device_tree("radxa,rock-5b", "rockchip,rk3588"),
+            **meminfo(16_200_000),
+            **cpufreq(0, 1_800_000, 1_800_000, "powersave"),
+            **cpufreq(4, 2_256_000, 2_400_000, "performance"),
+            **cpufreq(6, 2_256_000, 2_400_000, "performance"),
+            "sys/class/devfreq/dmc/max_freq": "2112000000\n",
+        },
+    )
+    assert name_of(board) == "rk3588" and board.platform and board.platform.memory.total == 16 << 30
+    assert board.clocks == Clocks(None, 2_256_000_000, 2_400_000_000, "performance", 2_112_000_000)
+
+
+def test_board_that_no_file_describes(tmp_path: Path) -> None:
+    board = found(tmp_path, device_tree("hardkernel,odroid-m1", "rockchip,rk3568") | arm_cpuinfo("0xd05"))
+    assert board.platform is None and "hardkernel,odroid-m1" in board.reason
+
+
+@pytest.mark.parametrize(
+    ("parts", "kib", "khz", "name"),
+    [
+        (4 * ["0xd0b"], 8_050_000, 2_400_000, "raspberry-pi-5"),
+        (4 * ["0xd05"] + 4 * ["0xd0b"], 8_050_000, 2_400_000, "rk3588"),
+        (12 * ["0xd42"], 64_350_000, 2_201_600, "jetson-agx-orin-64gb"),
+        (6 * ["0xd42"], 7_801_000, 1_728_000, "jetson-orin-nano-8gb"),
+        (6 * ["0xd42"], 7_801_000, 1_510_400, "jetson-orin-nano-8gb"),
+        (6 * ["0xd42"], 7_801_000, 1_984_000, "jetson-orin-nx-8gb"),
+        (14 * ["0xd83"], 128_825_804, 2_601_000, "jetson-thor-t5000"),
+        (4 * ["0xd0b"], 64_000_000, 2_400_000, None),
+        (4 * ["0xd08"], 8_050_000, 1_800_000, None),
+        (12 * ["0xd42"], 30_600_000, 2_201_600, "jetson-agx-orin-64gb"),  # the kit with 32 GB
+        (8 * ["0xd42"], 30_600_000, 2_201_600, None),  # the 32 GB module, or the kit with 32 GB
+    ],
+)
+def test_container_that_hides_the_device_tree(
+    tmp_path: Path, parts: list[str], kib: int, khz: int, name: str | None
+) -> None:
+    board = found(tmp_path, arm_cpuinfo(*parts) | meminfo(kib) | cpufreq(0, khz, khz))
+    assert name_of(board) == name and board.reason.startswith("no device tree")
+
+
+X86 = {"proc/cpuinfo": "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: CPU\nflags\t: avx2\n"}
+
+
+def test_x86_laptop_on_battery(tmp_path: Path) -> None:
+    board = found(
+        tmp_path,
+        {
+            **X86,
+            **meminfo(16_000_000),
+            **supply("AC", type="Mains", online="0"),
+            **supply("BAT0", type="Battery", status="Discharging", capacity="40", scope="System"),
+            **supply("BAT1", type="Battery", status="Unknown", capacity="80"),
+            **supply("hidpp_battery_0", type="Battery", status="Discharging", scope="Device"),
+        },
+    )
+    assert name_of(board) == "x86-laptop-ddr4" and "not readable" in board.reason
+    assert board.platform and board.platform.memory.total == 16 << 30
+    assert board.power == Power(True, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(0x1A, "ddr4"), (0x1E, "ddr4"), (0x22, "ddr5"), (0x23, "lpddr5x"), (0x18, "ddr4")],
+)
+def test_x86_memory_by_smbios(tmp_path: Path, kind: int, name: str) -> None:
+    root = write(tmp_path, X86 | meminfo(32_000_000))
+    raw = root / "sys/firmware/dmi/entries/17-0/raw"
+    raw.parent.mkdir(parents=True)
+    raw.write_bytes(bytes(0x12) + bytes([kind, 0]))
+    assert name_of(detect_platform(root)) == f"x86-laptop-{name}"
+
+
+def test_machine_that_is_neither_arm_nor_x86(tmp_path: Path) -> None:
+    board = found(tmp_path, {"proc/cpuinfo": "processor\t: 0\nisa\t: rv64imafdc\n"})
+    assert board.platform is None and "no platform file" in board.reason
+
+
+@pytest.mark.parametrize(("brand", "name"), [("Apple M1", "apple-m1"), ("Apple M4 Pro", None), ("", None)])
+def test_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brand: str, name: str | None) -> None:
+    monkeypatch.setattr(recognise, "_brand", lambda root: brand)
+    board = found(tmp_path, meminfo(16_777_216))
+    assert name_of(board) == name and (brand or "no platform file") in board.reason
+
+
+def test_brand_of_a_mac_is_asked_of_sysctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: object) -> object:
+        assert command == ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return type("Done", (), {"stdout": "Apple M2\n"})
+
+    monkeypatch.setattr(recognise.sys, "platform", "darwin")
+    monkeypatch.setattr(recognise.subprocess, "run", run)
+    assert recognise._brand(recognise.ROOT) == "Apple M2"
+    assert recognise._brand(tmp_path) == ""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_container_on_a_raspberry_pi(tmp_path: Path, version: int) -> None:
+    """What limits the container is its own; the board is the host's."""
+    if version == 2:
+        groups = {
+            "proc/self/cgroup": "0::/\n",
+            "proc/self/mountinfo": V2_MOUNT,
+            "sys/fs/cgroup/cpu.max": "200000 100000\n",
+            "sys/fs/cgroup/memory.max": "2147483648\n",
+            "sys/fs/cgroup/memory.current": "147483648\n",
+        }
+    else:
+        groups = {
+            "proc/self/cgroup": "5:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n",
+            "proc/self/mountinfo": (
+                "31 23 0:28 /docker/a /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct\n"
+                "32 23 0:29 /docker/a /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n"
+            ),
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "200000\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "2147483648\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "147483648\n",
+        }
+    root = write(tmp_path, groups | arm_cpuinfo(*4 * ["0xd0b"]) | meminfo(8_050_000))
+    machine = detect(root)
+    assert machine.limits == Limits(version, 2.0, 2147483648, 147483648)
+    assert machine.available_memory == 2_000_000_000
+    board = detect_platform(root)
+    assert board.platform and (board.platform.name, board.platform.memory.total) == (
+        "raspberry-pi-5",
+        8 << 30,
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "power"),
+    [
+        ({}, Power()),
+        (supply("AC", type="Mains", online="1"), Power(False)),
+        (supply("usb", type="USB", online="0"), Power()),
+        (supply("BAT0", type="Battery", status="Charging", capacity="10"), Power(False, 0.1)),
+        (supply("BAT0", type="Battery", status="Not charging"), Power(False)),
+        (
+            supply("BAT0", type="Battery", status="Unknown", capacity="99")
+            | supply("AC", type="Mains", online="0"),
+            Power(True, 0.99),
+        ),
+        (supply("mouse", type="Battery", status="Discharging", scope="Device"), Power()),
+    ],
+)
+def test_power(tmp_path: Path, files: dict[str, str], power: Power) -> None:
+    assert detect_power(write(tmp_path, files)) == power
+
+
+@pytest.mark.parametrize(
+    ("files", "clocks"),
+    [
+        ({}, Clocks()),
+        ({"sys/devices/system/cpu/online": "0-3,6\n"}, Clocks(online=5)),
+        ({"sys/devices/system/cpu/online": "a-b\n"}, Clocks()),
+        ({"sys/kernel/nvpmodel_clk_cap/emc": "9223372036854775807\n"}, Clocks()),
+        (cpufreq(0, 0, 1_000_000), Clocks()),
+    ],
+)
+def test_clocks(tmp_path: Path, files: dict[str, str], clocks: Clocks) -> None:
+    assert detect_clocks(write(tmp_path, files)) == clocks
+
+
+@pytest.mark.parametrize(
+    ("text", "release"),
+    [("# R39 (release), REVISION: 2.0, GCID: 1\n", "39.2.0"), ("nonsense", None), ("", None)],
+)
+def test_l4t(tmp_path: Path, text: str, release: str | None) -> None:
+    assert detect_l4t(write(tmp_path, {"etc/nv_tegra_release": text})) == release
