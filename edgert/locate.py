@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .errors import UsageError
 
 if TYPE_CHECKING:
     from .download import Reporter
@@ -43,11 +46,33 @@ def find_sidecar(base: Path) -> Path | None:
 
 
 def model_path(name_or_path: str | os.PathLike[str], progress: Callable[[], Reporter] | None = None) -> Path:
-    """:func:`edgert.hub.resolve`, without its imports for a file that is there. ``progress`` makes what is
-    told of a download."""
+    """:func:`edgert.hub.resolve`, without its imports for a file that is there; a directory is the one model
+    in it. ``progress`` makes what is told of a download."""
     path = Path(os.fspath(name_or_path))
     if path.suffix == ".gguf" and not str(path).startswith("hf:") and path.is_file():
         return path
+    directory = path.expanduser()
+    if directory.is_dir():
+        from .models.catalogue import find
+
+        if not (isinstance(name_or_path, str) and find(name_or_path)):
+            return model_in(directory)
     from . import hub
 
     return hub.resolve(name_or_path, progress() if progress else None)
+
+
+def model_in(directory: Path) -> Path:
+    """The one model file in ``directory``, the first part of a split one; sidecars do not count. UsageError
+    when there is none or more than one."""
+    files = [p for p in directory.glob("*.gguf") if not p.name.endswith(SIDECAR_SUFFIX)]
+    found = sorted(p for p in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", p.name))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        hint = f"give the file itself, such as {found[0]}"
+    elif (directory / "config.json").exists():
+        hint = f"give a .gguf file; `edgert export {directory}` makes one of the model in it"
+    else:
+        hint = "give a .gguf file; `edgert export DIR` makes one of a Hugging Face model directory"
+    raise UsageError(f"{directory} is a directory; {hint}")

@@ -1,4 +1,5 @@
-"""`edgert export`: makes a model's sidecar. Its figures go to stderr, its result to stdout."""
+"""`edgert export`: makes a GGUF file of a Hugging Face directory, and the sidecar of a model. Figures go to
+stderr, the result to stdout."""
 
 from __future__ import annotations
 
@@ -8,12 +9,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from edgert.cli.options import add_model_arguments
 from edgert.errors import UsageError
+
+QUANT = "int8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="name, path of a .gguf file, hf:owner/repo/file.gguf, or a Hugging Face model directory, "
+        "which becomes a .gguf file in it",
+    )
+    parser.add_argument(
+        "--quant",
+        choices=("f32", "f16", "int8", "int4"),
+        help=f"type of a directory's matrices in the .gguf file; default: {QUANT}",
+    )
     parser.add_argument(
         "--flash-head", action="store_true", help="cluster the vocabulary head (FlashHead) into the sidecar"
     )
@@ -27,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", type=Path, nargs="+", default=[], metavar="FILE", help="text of yours to add"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: beside the model")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the sidecar with --flash-head, else the .gguf file; default: beside the model",
+    )
     parser.add_argument("--cluster-size", type=int, metavar="N", help="tokens a cluster; default: searched")
     parser.add_argument("--probes", type=int, metavar="N", help="clusters scored; default: what reaches A")
     parser.add_argument("--rank", type=int, metavar="N", help="score low-rank rows of this width instead")
@@ -36,29 +54,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if not args.flash_head:
-        raise UsageError("nothing to export; add --flash-head")
     if args.seed < 0:
         raise UsageError(f"--seed must not be negative: {args.seed}")
+    directory = _directory(args.model)
+    if args.quant and not directory:
+        raise UsageError(
+            f"--quant is for a Hugging Face model directory, and {args.model} is none (it has no config.json)"
+        )
+    if not directory and not args.flash_head:
+        raise UsageError("nothing to export; add --flash-head, or give a Hugging Face model directory")
+    if directory:
+        model = _convert(directory, args)
+    else:
+        from edgert.cli.progress import Bar
+        from edgert.locate import model_path
+
+        model = model_path(args.model, Bar)
+    if args.flash_head:
+        _flash_head(model, args)
+    return 0
+
+
+def _directory(model: str) -> Path | None:
+    """The Hugging Face model directory that ``model`` means; None for what means a GGUF file."""
+    from edgert.models.catalogue import find
+
+    path = Path(model).expanduser()
+    return None if model.startswith("hf:") or find(model) or not (path / "config.json").exists() else path
+
+
+def _convert(directory: Path, args: argparse.Namespace) -> Path:
+    from edgert.export.hf_directory import convert
+
+    quant = args.quant or QUANT
+    path = convert(directory, quant, None if args.flash_head else args.output, _note, _Steps())
+    size = path.stat().st_size
+    if not args.json:
+        print(f"{path}: {size / 1e6:.1f} MB, {quant}")
+    elif not args.flash_head:  # else one object for both
+        import json
+
+        print(json.dumps({"path": str(path), "quant": quant, "bytes": size}))
+    return path
+
+
+def _flash_head(model: Path, args: argparse.Namespace) -> None:
     from edgert.export.flash_head import Request, export_flash_head
 
-    from edgert.cli.progress import Bar
-    from edgert.locate import model_path
-
     request = Request(args.agreement, args.calibration, args.cluster_size, args.probes, args.rank, args.seed)
-    path = model_path(args.model, Bar)
-    done = export_flash_head(path, request, args.output, lambda line: print(line, file=sys.stderr), _Steps())
+    done = export_flash_head(model, request, args.output, _note, _Steps())
     quality = done.quality
     if args.json:
         import json
 
-        print(json.dumps({"path": str(done.path), **quality}))
+        print(json.dumps({"path": str(done.path), "model": str(model), **quality}))
     else:
         print(
             f"{done.path}: {quality['bytes_per_token'] / 1e6:.1f} MB a token instead of "
             f"{quality['dense_bytes_per_token'] / 1e6:.1f}, {quality['agreement']:.2%} of dense's tokens"
         )
-    return 0
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class _Steps:
