@@ -25,6 +25,9 @@ CONDITIONS = {
     "board": "another board",
     "power_mode": "another power mode",
     "governor": "another governor",
+    "max_clock": "another limit of the clock",
+    "memory_clock": "another limit of the memory's clock",
+    "on_battery": "another power supply (battery or mains)",
     "kernel": "another kernel",
     "isa": "another instruction set",
     "engine_version": "another version of the engine",
@@ -88,9 +91,9 @@ def warnings(pairs: Sequence[Pair]) -> Iterator[str]:
     """What besides the programs may explain a difference, each once."""
     for field, what in CONDITIONS.items():
         for p in pairs:
-            before, after = p.a.get(field), p.b.get(field)
+            before, after = ("unknown" if row.get(field) is None else row[field] for row in (p.a, p.b))
             if before != after:
-                yield f"{what}: {before or 'unknown'} in A, {after or 'unknown'} in B"
+                yield f"{what}: {before} in A, {after} in B"
     for p in pairs:
         if p.a["threads"] != p.b["threads"]:
             yield f"{_name(p.a)}: {p.a['threads']} threads in A, {p.b['threads']} in B"

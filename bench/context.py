@@ -6,15 +6,15 @@ import contextlib
 import hashlib
 import json
 import platform
-import re
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgert.bench.sensors import ROOT, governor, text
+from edgert.bench.sensors import ROOT, text
 from edgert.platforms.detect import detect
+from edgert.platforms.state import detect_clocks, detect_l4t, detect_mode, detect_power
 
 from edgert import _native
 from edgert.download import file_sha256
@@ -38,7 +38,8 @@ def context(model: Path) -> dict[str, Any]:
 
 
 def machine(root: Path = ROOT) -> dict[str, Any]:
-    found = detect(root)
+    """Clocks in Hz; what the machine does not say is None."""
+    found, clocks = detect(root), detect_clocks(root)
     return {
         "cpu": found.cpu.model,
         "arch": found.cpu.arch,
@@ -46,10 +47,13 @@ def machine(root: Path = ROOT) -> dict[str, Any]:
         "usable_processors": found.cpu.usable,
         "memory": found.memory.total,
         "kernel": found.system,
-        "governor": governor(root),
+        "governor": clocks.governor,
+        "max_clock": clocks.cpu_allowed,
+        "memory_clock": clocks.memory,
+        "on_battery": detect_power(root).on_battery,
         "board": text(root / "proc/device-tree/model") or None,
-        "l4t": l4t(root),
-        "power_mode": power_mode(root),
+        "l4t": detect_l4t(root),
+        "power_mode": detect_mode(root),
     }
 
 
@@ -57,22 +61,6 @@ def machine(root: Path = ROOT) -> dict[str, Any]:
 def build() -> str:
     """Names the compiled core: the beginning of the SHA-256 of its file."""
     return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()[:12]
-
-
-def l4t(root: Path = ROOT) -> str | None:
-    """The release of a Jetson's system, as 36.4.3."""
-    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text(root / "etc/nv_tegra_release"))
-    return f"{found[1]}.{found[2]}" if found else None
-
-
-def power_mode(root: Path = ROOT) -> str | None:
-    """The name of a Jetson's nvpmodel mode. `nvpmodel -q` wants root on some releases; what it reads, the
-    file in which the service keeps the mode's number and the table of modes, does not."""
-    mode = re.search(r"pmode:0*(\d+)", text(root / "var/lib/nvpmodel/status"))
-    if not mode:
-        return None
-    names = re.findall(r"POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", text(root / "etc/nvpmodel.conf"))
-    return str(dict(names).get(mode[1], f"mode {mode[1]}"))
 
 
 def model_sha256(path: Path) -> str:

@@ -25,8 +25,9 @@ pre { font-size: 11px; overflow-x: auto }
 # Fields of a row that say under what conditions it was measured, in the order of the page.
 CONTEXT = (
     "date", "model", "model_sha256", "model_bytes", "edgert", "edgert_build", "edgert_isa", "cpu", "arch",
-    "cores", "usable_processors", "memory", "kernel", "governor", "board", "l4t", "power_mode",
-    "temperature_before", "temperature_after", "clock_before", "clock_after", "energy_source", "python",
+    "cores", "usable_processors", "memory", "kernel", "governor", "max_clock", "memory_clock", "on_battery",
+    "board", "l4t", "power_mode", "temperature_before", "temperature_after", "clock_before", "clock_after",
+    "energy_source", "python",
 )  # fmt: skip
 
 

@@ -29,12 +29,6 @@ def clocks(root: Path = ROOT) -> list[float]:
     return [value / 1000 for _, value in sorted(found.items()) if value is not None]
 
 
-def governor(root: Path = ROOT) -> str | None:
-    """The governor of the processors, or all of them where they differ."""
-    places = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
-    return ", ".join(sorted({text(place) for place in places} - {""})) or None
-
-
 class Energy:
     """Joules from one call to the next of :meth:`take`, of the whole board or package.
 

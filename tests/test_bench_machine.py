@@ -27,7 +27,7 @@ def files(root: Path, content: dict[str, str]) -> Path:
 CPU = "sys/devices/system/cpu"
 
 
-def test_temperatures_clocks_and_governor(tmp_path: Path) -> None:
+def test_temperatures_and_clocks(tmp_path: Path) -> None:
     root = files(
         tmp_path,
         {
@@ -35,16 +35,12 @@ def test_temperatures_clocks_and_governor(tmp_path: Path) -> None:
             "sys/class/thermal/thermal_zone0/temp": "48500\n",
             "sys/class/thermal/thermal_zone1/temp": "nonsense\n",
             **{f"{CPU}/cpu{i}/cpufreq/scaling_cur_freq": f"{1500000 + i}\n" for i in (0, 1, 10)},
-            f"{CPU}/cpu0/cpufreq/scaling_governor": "schedutil\n",
-            f"{CPU}/cpu1/cpufreq/scaling_governor": "performance\n",
         },
     )
     assert sensors.temperatures(root) == {"cpu-thermal": 48.5}
     assert sensors.clocks(root) == [1500.0, 1500.001, 1500.01]
-    assert sensors.governor(root) == "performance, schedutil"
     empty = tmp_path / "empty"
     assert sensors.temperatures(empty) == {} and sensors.clocks(empty) == []
-    assert sensors.governor(empty) is None
 
 
 def test_energy_of_rapl_counts_over_its_range(tmp_path: Path) -> None:
@@ -100,11 +96,15 @@ def test_a_jetson_is_described(tmp_path: Path) -> None:
             "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n",
             "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n",
             "var/lib/nvpmodel/status": "pmode:0002 fmode:quiet\n",
+            f"{CPU}/cpufreq/policy0/scaling_max_freq": "1510400\n",
+            f"{CPU}/cpufreq/policy0/cpuinfo_max_freq": "1728000\n",
+            f"{CPU}/cpufreq/policy0/scaling_governor": "schedutil\n",
             "proc/meminfo": "MemTotal: 7800000 kB\nMemAvailable: 6000000 kB\n",
         },
     )
     machine = context.machine(root)
     assert (machine["l4t"], machine["power_mode"]) == ("36.4.3", "MAXN_SUPER")
+    assert (machine["governor"], machine["max_clock"]) == ("schedutil", 1510400000)
     assert is_jetson(machine) and board_fields(machine["board"], machine["memory"]) == {
         "sku": "orin-nano",
         "generation": "orin",
