@@ -16,6 +16,7 @@ from edgert.bench import report
 from edgert.bench.measure import DECODE_STEPS, LONG, Comparison, Row, say
 from edgert.bench.processes import peak_memory, time_start
 from edgert.bench.quiet import load_average
+from edgert.bench.settings import Setting
 from edgert.bench.text import prose
 from edgert.platforms.detect import detect
 
@@ -83,8 +84,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if args.only is None:
         tokens = ids[: min(PEAK_TOKENS, longest)]
         section["peak_tokens"] = len(tokens)
+        engines = {
+            "edgert": Setting("edgert", str(path)),
+            "llama.cpp": Setting("llamacpp", str(path), options={"flash_attn": True}),
+        }
         section["peak_memory"] = {
-            engine: peak_memory(engine, path, args.threads, tokens) for engine in ("edgert", "llama.cpp")
+            name: peak_memory(setting, args.threads, tokens) for name, setting in engines.items()
         }
     comparison = Comparison(path, args.threads, ids, longest)
     try:

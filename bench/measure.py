@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgert.bench.quiet import Watch
-from edgert.bench.runners import LlamaCpp, Native, Runner
+from edgert.bench.runners import LlamaCpp, Native, Runner, back_to
 
 from edgert import _native
 
@@ -135,19 +135,19 @@ class Comparison:
     def decode(self, length: int, repetitions: int) -> Row:
         """With ``length`` tokens of the text in the cache, filled here; steps take the text's next ones."""
         row, tops = Row("decode", length), dict[str, list[int]]()
-        following = self.tokens[length : length + DECODE_STEPS]
+        before_them, following = self.tokens[:length], self.tokens[length : length + DECODE_STEPS]
         for runner in self._all:
             runner.clear()
-            runner.prefill(self.tokens[:length])
+            runner.prefill(before_them)
             runner.mark()
         before = self.ours.step_bytes()
         watch = Watch()
         row.peers = {peer.label: [] for peer in self.peers}
 
         def run(runner: Runner) -> float:
-            runner.back()
+            back_to(runner, before_them)
             runner.step(following[0])  # wakes the threads
-            assert runner.back(), "a few steps can always be taken back"
+            back_to(runner, before_them)
             start = time.perf_counter()
             tops[runner.label] = [runner.step(token) for token in following]
             return DECODE_STEPS / (time.perf_counter() - start)

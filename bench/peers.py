@@ -38,6 +38,7 @@ class Transformers(Stepper):
         except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
             raise EngineError(f"transformers cannot load {source}: {error}") from error
         self._make_cache = hub.DynamicCache
+        self._copies, self._kept = False, None
         self.clear()
 
     def prefill(self, tokens: Sequence[int]) -> int:
@@ -53,10 +54,13 @@ class Transformers(Stepper):
         self._cache = self._make_cache(config=self._model.config)
 
     def mark(self) -> None:
-        self._kept = copy.deepcopy(self._cache)
+        self._kept = copy.deepcopy(self._cache) if self._copies else None
 
     def back(self) -> bool:
-        self._cache = copy.deepcopy(self._kept)  # windows cannot be cropped
+        if self._kept is None:  # windows cannot be cropped, and a copy doubles the memory of the cache
+            self._copies = True
+            return False
+        self._cache = copy.deepcopy(self._kept)
         return True
 
     def step_bytes(self) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -15,10 +12,12 @@ from typing import Any
 
 from edgert.bench.measure import Row, say
 from edgert.bench.quiet import Watch
-from edgert.bench.runners import LlamaCpp, Native, Runner
+from edgert.bench.remote import Worker
+from edgert.bench.settings import Job, Setting, Test
 
 from edgert.errors import EngineError
 
+LAST = 8  # tokens generated where memory is measured
 # The shortest program that does with llama-cpp-python what `edgert run --raw` does.
 LLAMA_CPP_PROGRAM = """
 import sys
@@ -67,43 +66,11 @@ def _first_byte(command: Sequence[str]) -> tuple[float, bytes]:
     return seconds, (first + rest).strip()
 
 
-def peak_memory(engine: str, path: Path, threads: int, tokens: Sequence[int]) -> int:
-    """Peak resident bytes of a process that loads the model and evaluates ``tokens``."""
-    command = [sys.executable, "-m", "edgert.bench.processes", engine, str(path), str(threads)]
-    done = subprocess.run(command, input=json.dumps(list(tokens)), capture_output=True, text=True)
-    if done.returncode != 0:
-        raise EngineError(f"measuring the memory of {engine} failed: {done.stderr[-500:]}")
-    return int(done.stdout)
-
-
-def _peak_resident() -> int:
-    # ru_maxrss of a child begins with what its parent had, so the kernel's own mark comes first.
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return usage if sys.platform == "darwin" else usage * 1024
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
-
-
-def _child() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("engine", choices=("edgert", "llama.cpp"))
-    parser.add_argument("path", type=Path)
-    parser.add_argument("threads", type=int)
-    args = parser.parse_args()
-    tokens = json.load(sys.stdin)
-    context = len(tokens) + 8
-    runner: Runner = (
-        Native(args.path, args.threads, context)
-        if args.engine == "edgert"
-        else LlamaCpp(args.path, args.threads, context, flash_attn=True)
-    )
-    runner.prefill(tokens[:-8])
-    for token in tokens[-8:]:
-        runner.step(token)
-    print(_peak_resident())
-
-
-if __name__ == "__main__":
-    _child()
+def peak_memory(setting: Setting, threads: int, tokens: Sequence[int]) -> int:
+    """Peak resident bytes of a process that loads the model, reads most of ``tokens`` and generates as many
+    as are left."""
+    test = Test(0, LAST, len(tokens) - LAST)
+    with Worker(Job(setting, test, threads, list(tokens))) as worker:
+        worker.about()
+        worker.ask("run")
+        return int(worker.ask("peak")["bytes"])

@@ -43,7 +43,8 @@ class Runner(Protocol):
         ...
 
     def back(self) -> bool:
-        """False where the engine has forgotten that point; the cache must then be filled again."""
+        """False where the engine has forgotten that point; the cache must then be filled and marked again
+        (see :func:`back_to`)."""
         ...
 
     def step_bytes(self) -> int | None:
@@ -55,6 +56,14 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def back_to(runner: Runner, tokens: Sequence[int]) -> None:
+    """Make the cache hold ``tokens``, what it held when they were marked."""
+    if not runner.back():
+        runner.clear()
+        runner.prefill(tokens)
+        runner.mark()
 
 
 class Stepper:
@@ -82,6 +91,7 @@ class Native(Stepper):
         self.session = cast(NativeSession, self.engine.session(context))
         self._head = head
         self._exact: ExactHead | None = None
+        self._forgets, self._state = False, cast("bytes | None", None)
 
     def prefill(self, tokens: Sequence[int]) -> int:
         return int(self.session.prefill(tokens).argmax())
@@ -108,15 +118,21 @@ class Native(Stepper):
         self.session.rewind(0)
 
     def mark(self) -> None:
-        self._length, self._state = self.session.length, self.session.snapshot()
+        self._length = self.session.length
+        self._state = self.session.snapshot() if self._forgets else None
 
     def back(self) -> bool:
-        if self.session.rewind(self._length) != self._length:  # a window has moved on
-            self.session.restore(self._state)
+        if self.session.rewind(self._length) == self._length:
+            return True
+        if self._state is None:  # a window has moved on; a snapshot is as large as the cache
+            self._forgets = True
+            return False
+        self.session.restore(self._state)
         return True
 
     def step_bytes(self) -> int:
-        """Of the exact head: what the tokens of the last :meth:`generate` cost on average."""
+        """Of the exact head: the weights that the tokens of the last :meth:`generate` cost on average; its
+        keys and values are counted once a token, those of rejected drafts are not."""
         described = self.engine.describe()
         weights = described["flash_bytes_per_step" if self._head == "flash" else "weight_bytes_per_step"]
         if self._exact:

@@ -10,6 +10,7 @@ import signal
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -262,6 +263,14 @@ def test_a_peer_that_is_not_there_is_named(
     monkeypatch.setattr("edgert.bench.request.find_spec", lambda name: None)
     assert main(["bench", str(plain), "-p", "4", "-n", "4", "--peer", peer]) == 1
     assert f"pip install {package}" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_fit_in_memory_are_refused(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("edgert.bench.suite.detect", lambda: SimpleNamespace(available_memory=1000))
+    assert main(["bench", str(plain), "-p", "4", "-n", "0"]) == 1
+    assert "measure fewer heads or peers at once" in capsys.readouterr().err
 
 
 def test_a_worker_that_fails_is_reported_with_its_reason(
