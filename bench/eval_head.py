@@ -71,7 +71,7 @@ def evaluate(model: Model, text: str, tokens: int, sequences: int) -> dict[str, 
 
 def _along(engine: NativeEngine, ids: list[int]) -> dict[str, Any]:
     """Both heads on every position of the text."""
-    model, sparse = engine._model, _native.SparseLogits(engine.vocab_size)
+    model = engine._model
     same: list[bool] = []
     recall, mass, regret = [], [], []
     dense_loss = flash_loss = 0.0
@@ -82,8 +82,9 @@ def _along(engine: NativeEngine, ids: list[int]) -> dict[str, Any]:
         states = model.hidden(cache, np.asarray(piece, np.int32))
         for i, state in enumerate(states):
             dense: Row = model.dense(state[None])[0]
-            model.flash(state, engine.probes, [], sparse)
-            flash: Row = sparse.array
+            flash: Row = np.full(len(dense), -np.inf, np.float32)
+            ids, logits = model.flash(state, engine.probes, engine.keep, [])
+            flash[ids] = logits
             top = int(dense.argmax())
             same.append(int(flash.argmax()) == top)
             best = np.argpartition(dense, -TOP)[-TOP:]

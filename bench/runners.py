@@ -98,7 +98,8 @@ class Native(Stepper):
 
     def step(self, token: int) -> int:
         if self._head == "flash":
-            return int(self.session.flash(self.session.hidden(token), ()).argmax())
+            ids, logits = self.session.flash(self.session.hidden(token), ())
+            return int(ids[logits == logits.max()].min())
         return int(self.session.step(token).argmax())
 
     def generate(self, token: int, n: int) -> list[int]:

@@ -104,15 +104,22 @@ class Sampler:
     def retract(self) -> None:
         """Takes back the last token accepted."""
 
+    @property
+    def order_free(self) -> bool:
+        """The order of the logits cannot change the token."""
+
     def sample(
         self,
         logits: Annotated[
             NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)
         ],
         position: int,
+        ids: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)]
+        | None = None,
     ) -> int:
         """
         The token at `position`; a function of seed, position, logits and the tokens observed and accepted.
+        With `ids` logits[i] is that of token ids[i], and there is no other token.
         """
 
     def logprobs(
@@ -147,8 +154,8 @@ class Model:
     def step_body_bytes(self) -> int:
         """The same without any head."""
 
-    def flash_bytes(self, probes: int) -> int:
-        """Bytes that flash() reads for so many clusters."""
+    def flash_bytes(self, probes: int, keep: int) -> int:
+        """Bytes that flash() reads."""
 
     def memory(self) -> dict[str, int]:
         """Resident bytes by part."""
@@ -182,6 +189,22 @@ class Model:
         Logits of rows of hidden(), [n, vocab], by the whole head: the bits that forward() gives.
         """
 
+    def dense_rows(
+        self,
+        hidden: Annotated[
+            NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)
+        ],
+    ) -> NDArray[numpy.float32]:
+        """
+        The logits of dense() in the order of the head's rows, [n, rows]: see row_tokens.
+        """
+
+    @property
+    def row_tokens(self) -> NDArray[numpy.uint32] | None:
+        """
+        Token of each row of the head, 2**32 - 1 for padding; None: in the order of ids. Read only.
+        """
+
     def best(
         self,
         hidden: Annotated[
@@ -198,24 +221,23 @@ class Model:
             NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)
         ],
         probes: int,
+        keep: int,
         more: Sequence[int],
-        out: SparseLogits,
-    ) -> None:
+    ) -> tuple[NDArray[numpy.uint32], NDArray[numpy.float32]]:
         """
-        Logits of one row of hidden(), [dim], by a FlashHead, into `out`; see Decoder::flash.
+        (ids, logits) of one row of hidden(), [dim], by a FlashHead; see Decoder::flash.
         """
 
-class SparseLogits:
-    """Logits of one position of which few are known; the others are -inf."""
-
-    def __init__(self, vocab_size: int) -> None: ...
-    @property
-    def array(self) -> NDArray[numpy.float32]:
-        """[vocab_size], a view that the next flash() changes."""
-
-    @property
-    def scored(self) -> int:
-        """How many logits are known."""
+    def among(
+        self,
+        hidden: Annotated[
+            NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)
+        ],
+        ids: Sequence[int],
+    ) -> tuple[NDArray[numpy.uint32], NDArray[numpy.float32]]:
+        """
+        (ids, logits) of the tokens `ids` alone, in no order: the bits of dense().
+        """
 
 class Cache:
     """KV cache of one sequence."""

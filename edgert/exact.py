@@ -53,7 +53,8 @@ class ExactHead:
             states.append(session.hidden(token))
             if i + 1 == min(self._length, limit) or cancelled():
                 break
-            token = sampler.sample(session.flash(states[i], self._more), position + i)
+            ids, logits = session.flash(states[i], self._more)
+            token = sampler.sample(logits, position + i, ids)
             self._drafts += 1
             if token in ends:
                 break
@@ -81,6 +82,11 @@ class ExactHead:
         if self._sampler.plain_greedy and not self._logprobs:
             for token in self._session.best(states):
                 yield token, None
+            return
+        if self._sampler.order_free and not self._logprobs:
+            ids, rows = self._session.dense_rows(states)
+            for i, row in enumerate(rows):
+                yield self._sampler.sample(row, position + i, ids), None
             return
         for i, logits in enumerate(self._session.dense(states)):
             yield self._sampler.sample(logits, position + i), logits

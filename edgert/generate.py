@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .exact import ExactHead
-from .sampling import Options, make_sampler
+from .sampling import Options, allowed_ids, make_sampler
 
 if TYPE_CHECKING:
-    from .engines.base import Logits
+    from .engines.base import Ids, Logits
     from .session import Session
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -251,26 +251,41 @@ class Stream(Iterator[Piece]):
         if self._ready:
             return self._ready.popleft()
         last = self._pieces[-1].token if self._pieces else None
+        if self._options.allowed is not None:
+            return self._choose_among(last, position)
         if last is not None and self._exact:
             left = self._limit - len(self._pieces)
             ends = session.model.tokenizer.eos_ids
             self._ready.extend(self._exact.block(last, position, left, ends, lambda: self._cancelled))
             return self._ready.popleft()
-        exact: Logits | None = None
-        if last is None:
-            logits = self._prefill()
-        elif self._head == "flash":
+        if last is not None and self._head == "flash":
             hidden = session.hidden(last)
-            logits = session.flash(hidden, self._more)
-            if self._options.logprobs is not None:
-                exact = session.dense(hidden[None])[0]
-        else:
-            logits = session.step(last)
-        if logits is None:
-            return None
-        token = self._sampler.sample(logits, position)
+            ids, logits = session.flash(hidden, self._more)
+            return self._draw(logits, position, ids), self._whole(hidden)
+        whole = self._prefill() if last is None else session.step(last)
+        return None if whole is None else (self._draw(whole, position), whole)
+
+    def _choose_among(self, last: int | None, position: int) -> tuple[int, Logits | None] | None:
+        """The same among the ids that are allowed now, by their dense logits, whatever the head."""
+        session, allowed = self._session, self._options.allowed
+        if callable(allowed):
+            allowed = allowed(tuple(p.token for p in self._pieces if p.token is not None))
+        ids = allowed_ids(allowed, session.model.vocab_size)
+        if last is not None and session.is_native:
+            hidden = session.hidden(last)
+            ids, logits = session.among(hidden, ids.tolist())
+            return self._draw(logits, position, ids), self._whole(hidden)
+        whole = self._prefill() if last is None else session.step(last)
+        return None if whole is None else (self._draw(whole[ids], position, ids), whole)
+
+    def _draw(self, logits: Logits, position: int, ids: Ids | None = None) -> int:
+        token = self._sampler.sample(logits, position, ids)
         self._sampler.accept(token)
-        return token, logits if exact is None else exact
+        return token
+
+    def _whole(self, hidden: Logits) -> Logits | None:
+        """The whole head's logits, if log probabilities are wanted: they are of the whole vocabulary."""
+        return None if self._options.logprobs is None else self._session.dense(hidden[None])[0]
 
     def _prefill(self) -> Logits | None:
         """Logits after the prompt; None when the reply was cancelled."""

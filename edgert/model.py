@@ -194,9 +194,12 @@ class Model:
         sidecar = getattr(self.engine, "sidecar", None)
         if sidecar is None or self.head == "dense":
             return "dense head"
-        probes = self.engine.describe()["probes"]
-        line = f"{self.head} head from {sidecar.path.name}, {probes} clusters of {sidecar.cluster_size}"
-        agreement = sidecar.agreement if probes == sidecar.probes else None
+        described = self.engine.describe()
+        probes, keep = described["probes"], described["keep"]
+        parts = [f"{probes} clusters of {sidecar.cluster_size}"] if probes else []
+        parts += [f"the best {keep} units of 16"] if keep else []
+        line = f"{self.head} head from {sidecar.path.name}, {', '.join(parts)}"
+        agreement = sidecar.agreement if (probes, keep) == sidecar.budget() else None
         return line if agreement is None else f"{line}, {agreement:.2%} of the dense head's tokens"
 
     def memory(self) -> dict[str, int]:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from . import _native
 from .errors import UsageError
+
+# Ids that may come next, or what gives them after the tokens of the reply so far.
+Allowed = Collection[int] | Callable[[Sequence[int]], Collection[int]]
 
 
 class Options(NamedTuple):
@@ -25,6 +31,9 @@ class Options(NamedTuple):
     ``presence_penalty``, ``frequency_penalty``: subtracted from the logits of tokens of the reply,
     once or for each time they stand in it.
     ``logit_bias``: token id -> number added to its logit; ``-inf`` bans the token.
+    ``allowed``: the only token ids that may come, or a function from the ids of the reply so far to
+    those that may follow them (a grammar). A reply can end itself only where an end-of-turn id is
+    among them. Native reads only their rows of the head, whatever the head.
     ``seed``: 0 to 2**64 - 1; None takes a new one, which ``reply.stats.seed`` tells. The same seed,
     prompt and options give the same tokens, whatever the number of threads.
     ``logprobs``: report the log probability of each token, and of this many likeliest ones beside
@@ -41,6 +50,7 @@ class Options(NamedTuple):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
+    allowed: Allowed | None = None
     seed: int | None = None
     logprobs: int | None = None
 
@@ -60,6 +70,7 @@ def make_options(given: Mapping[str, Any], vocab_size: int) -> Options:
         for token, value in o.logit_bias.items():
             token = _integer("logit_bias", token, 0, vocab_size - 1, what="token id")
             bias[token] = _number("logit_bias", value, -math.inf, 1e30)
+    allowed = o.allowed if o.allowed is None or callable(o.allowed) else allowed_ids(o.allowed, vocab_size)
     seed = int.from_bytes(os.urandom(8), "little") if o.seed is None else o.seed
     temperature = _number("temperature", o.temperature, 0.0, 100.0)
     if 0.0 < temperature < 0.01:
@@ -81,9 +92,23 @@ def make_options(given: Mapping[str, Any], vocab_size: int) -> Options:
         presence_penalty=_number("presence_penalty", o.presence_penalty, -100.0, 100.0),
         frequency_penalty=_number("frequency_penalty", o.frequency_penalty, -100.0, 100.0),
         logit_bias=bias,
+        allowed=allowed,
         seed=_integer("seed", seed, 0, 2**64 - 1),
         logprobs=None if o.logprobs is None else _integer("logprobs", o.logprobs, 0, vocab_size),
     )
+
+
+def allowed_ids(given: Any, vocab_size: int) -> npt.NDArray[np.uint32]:
+    """Token ids of the option ``allowed`` or of what it returned, each once. Raises UsageError."""
+    try:
+        ids = sorted({_integer("allowed", token, 0, vocab_size - 1, what="token id") for token in given})
+    except TypeError:
+        raise UsageError(
+            f"allowed must be token ids or a function that returns some, not {given!r}"
+        ) from None
+    if not ids:
+        raise UsageError("allowed has no token id left: give at least one, such as the end of the turn")
+    return np.array(ids, np.uint32)
 
 
 def make_sampler(options: Options, vocab_size: int) -> _native.Sampler:

@@ -15,7 +15,7 @@ from .generate import Reply, Stream
 from .sampling import make_options
 
 if TYPE_CHECKING:
-    from .engines.base import EngineSession, Logits
+    from .engines.base import EngineSession, Ids, Logits
     from .engines.native import NativeSession
     from .model import Model
 
@@ -170,14 +170,23 @@ class Session:
         self._tokens.append(token)
         return sequence.hidden(token)
 
-    def flash(self, hidden: Logits, more: Sequence[int]) -> Logits:
-        """Logits of ``hidden`` by the FlashHead, [vocab]: -inf for what it did not score. The ids
-        ``more`` are scored in any case. A view that the next call changes."""
+    def flash(self, hidden: Logits, more: Sequence[int]) -> tuple[Ids, Logits]:
+        """The tokens that the FlashHead scores after ``hidden``, those of ``more`` among them, and their
+        logits."""
         return self._native().flash(hidden, more)
+
+    def among(self, hidden: Logits, ids: Sequence[int]) -> tuple[Ids, Logits]:
+        """The tokens ``ids`` in another order, and their dense logits: only their rows are read."""
+        return self._native().among(hidden, ids)
 
     def dense(self, hidden: Logits) -> Logits:
         """Logits of rows of head inputs by the whole head, [n, vocab]."""
         return self._native().dense(hidden)
+
+    def dense_rows(self, hidden: Logits) -> tuple[Ids | None, Logits]:
+        """The tokens of the head's rows (None: in order), and their logits for rows of head inputs,
+        [n, rows]."""
+        return self._native().dense_rows(hidden)
 
     def best(self, hidden: Logits) -> list[int]:
         """The likeliest token of rows of head inputs, by the whole head."""
@@ -190,9 +199,13 @@ class Session:
             raise EngineError(f"the cache cannot go back to position {length}")
         del self._tokens[length:]
 
+    @property
+    def is_native(self) -> bool:
+        return hasattr(self._open(), "among")
+
     def _native(self) -> NativeSession:
         sequence = self._open()
-        if not hasattr(sequence, "flash"):
+        if not self.is_native:
             raise EngineError("only the native engine has a FlashHead: use head='dense'")
         return cast("NativeSession", sequence)
 

@@ -6,15 +6,16 @@
     edgert.base.bytes           u64, size of the model file
     edgert.base.fingerprint     string, :func:`edgert.session_file.fingerprint` of it
     edgert.base.sha256          string, of the whole of it
-    edgert.head.recipe          string, "clusters" or "lowrank"
+    edgert.head.recipe          string, "clusters", "lowrank" or "clusters+lowrank"
     edgert.head.cluster_size    u32
-    edgert.head.probes          u32, clusters scored by default
+    edgert.head.probes          u32, clusters that routers choose by default; 0 without routers
+    edgert.head.keep            u32, units of 16 rows that low-rank scores leave; 0 without such scores
     edgert.head.tokens          i32 array, token of each row of the head in cluster order, -1: padding
-    edgert.head.special         i32 array, tokens whose clusters are always scored
+    edgert.head.special         i32 array, tokens that are always scored
     edgert.head.quality         string, JSON: what was measured on held-out text
 
-and its tensors are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], or for "lowrank"
-``head.projection`` [rank, dim] with ``head.rows`` [rows, rank]; ``FlashHead`` in ``native/decoder.h`` says
+and its tensors are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], for "lowrank"
+``head.projection`` [rank, dim] with ``head.rows`` [rows, rank], and for both all four; ``FlashHead`` in ``native/decoder.h`` says
 what they mean, and ``native/weights.cpp`` checks them.
 """
 
@@ -28,7 +29,8 @@ from . import _native
 from .errors import ModelFileError
 from .session_file import fingerprint
 
-VERSION = 1
+VERSION = 2  # 1 had one stage
+RECIPES = ("clusters", "lowrank", "clusters+lowrank")
 
 
 class Sidecar:
@@ -38,6 +40,7 @@ class Sidecar:
         self.path = path
         self.file = _native.GgufFile(str(path))
         self._metadata = self.file.metadata
+        names = {t.name for t in self.file.tensors}
         version = self._read("edgert.version", int)
         if version != VERSION:
             raise self._refuse(
@@ -49,12 +52,25 @@ class Sidecar:
         self.probes: int = self._read("edgert.head.probes", int)
         self.cluster_size: int = self._read("edgert.head.cluster_size", int)
         self.recipe: str = self._read("edgert.head.recipe", str)
-        if self.probes < 1:
-            raise self._refuse("edgert.head.probes", f"expected at least 1, found {self.probes}")
-        if self.recipe not in ("clusters", "lowrank"):
+        self.keep: int = self._read("edgert.head.keep", int)
+        if self.recipe not in RECIPES:
             raise self._refuse(
-                "edgert.head.recipe", f"expected clusters or lowrank, found {self.recipe[:40]!r}"
+                "edgert.head.recipe", f"expected one of {', '.join(RECIPES)}, found {self.recipe[:40]!r}"
             )
+        for key, value, used in (("probes", self.probes, "clusters"), ("keep", self.keep, "lowrank")):
+            if (value > 0) != (used in self.recipe.split("+")) or value > 2**31:
+                raise self._refuse(f"edgert.head.{key}", f"{value} does not suit the recipe {self.recipe}")
+            if (f"head.{'routers' if used == 'clusters' else 'rows'}" in names) != (value > 0):
+                raise self._refuse("edgert.head.recipe", f"the tensors are not those of {self.recipe}")
+
+    def budget(self, probes: int = 0) -> tuple[int, int]:
+        """(clusters probed, units kept) when ``probes`` are asked for (0: as the sidecar says). The units kept
+        change with the clusters probed; without routers they are what ``probes`` counts."""
+        if not probes:
+            return self.probes, self.keep
+        if not self.probes:
+            return 0, probes
+        return probes, -(-self.keep * probes // self.probes)
 
     @property
     def quality(self) -> dict[str, Any]:

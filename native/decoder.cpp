@@ -29,7 +29,7 @@ Decoder::Decoder(const GgufFile& file, const ModelSpec& spec, uint32_t threads, 
                                 " channels: the native engine takes multiples of 16 up to 256");
   weights_ = load_weights(file, spec, sidecar, kernels_, pool_);
 
-  scratch_ = std::make_unique<Scratch>(spec, weights_.flash, pool_.threads());
+  scratch_ = std::make_unique<Scratch>(spec, weights_, pool_.threads());
   for (const LayerSpec& l : scratch_->ropes) {
     std::vector<float>& f = scratch_->inv_freq.emplace_back();
     for (uint32_t p = 0; p < spec.rope_dims / 2; ++p) {
@@ -42,7 +42,7 @@ Decoder::Decoder(const GgufFile& file, const ModelSpec& spec, uint32_t threads, 
 Decoder::~Decoder() = default;
 
 size_t Decoder::activation_bytes() const {
-  return scratch_->bytes();
+  return scratch_->bytes() + row_norms_.capacity() * sizeof(float);
 }
 
 size_t Decoder::step_weight_bytes() const {
@@ -50,10 +50,19 @@ size_t Decoder::step_weight_bytes() const {
   return weights_.body_bytes + head;
 }
 
-size_t Decoder::flash_bytes(uint32_t probes) const {
+size_t Decoder::flash_bytes(uint32_t probes, uint32_t keep) const {
   const FlashHead& f = weights_.flash;
-  const size_t rows = size_t(probes + f.special.size()) * f.cluster_size;
-  return f.router_bytes + rows / weights_.head.tile_rows * packed_tile_bytes(weights_.head.type, weights_.head.cols, weights_.head.tile_rows);
+  const size_t low = f.low.rows ? size_t(f.low.tiles()) * f.low.stride : 0;
+  const size_t units = f.token.size() / FlashHead::kUnit;
+  size_t read = f.bytes - low, left = units;
+  if (f.routers.rows) left = std::min<size_t>(units, size_t(probes) * (f.cluster_size / FlashHead::kUnit));
+  if (f.low.rows) {
+    read += low / units * left;
+    left = std::min<size_t>(left, keep);
+  }
+  const PackedMatrix& m = weights_.head;
+  const size_t tiles = (left + f.special.size()) * (FlashHead::kUnit / m.tile_rows);
+  return read + tiles * packed_tile_bytes(m.type, m.cols, m.tile_rows);
 }
 
 }  // namespace edgert

@@ -27,22 +27,23 @@ struct LayerWeights {
   const float* conv = nullptr;  // [dim][conv_kernel]
 };
 
-// FlashHead (arXiv 2603.14591): the rows of the vocabulary head in clusters. A cheap score of each
-// cluster says which are worth reading; the rows of those are scored exactly.
+// FlashHead (arXiv 2603.14591): the rows of the vocabulary head in clusters. Cheap scores say which rows
+// are worth reading; those are scored exactly, in units of kUnit rows. The cheap scores come in one
+// stage or in two:
+//   routers   score of cluster c: routers[c] . h + bias[c]; the units of the best clusters go on
+//   low rank  score of a unit: the maximum over its rows of low[i] . (projection . h); the best go on
 struct FlashHead {
-  uint32_t clusters = 0, cluster_size = 0;  // cluster_size a multiple of 16; no head when 0
+  static constexpr uint32_t kUnit = 16;
+  static constexpr uint32_t kPadding = 0xffffffff;
+  uint32_t clusters = 0, cluster_size = 0;  // cluster_size a multiple of kUnit; no head when 0
   std::vector<uint32_t> token;              // [clusters * cluster_size] token of each row, kPadding
   std::vector<uint32_t> row;                // [vocab] row of each token
-  std::vector<uint32_t> special;            // clusters that are always scored
-  // The score of cluster c is routers[c] . h + bias[c] or, with low-rank rows, the maximum over its
-  // rows of rows[i] . (projection . h).
-  PackedMatrix routers;      // [clusters][dim], or rows [clusters * cluster_size][rank]
-  PackedMatrix projection;   // [rank][dim]; no rows without low rank
-  const float* bias = nullptr;  // [clusters]; nullptr with low rank
-  size_t router_bytes = 0;   // read for every token
-  static constexpr uint32_t kPadding = 0xffffffff;
-
-  bool low_rank() const { return projection.rows != 0; }
+  std::vector<uint32_t> special;            // units that are always scored
+  PackedMatrix routers;         // [clusters][dim]; no rows without this stage
+  const float* bias = nullptr;  // [clusters]
+  PackedMatrix projection;      // [rank][dim]; no rows without this stage
+  PackedMatrix low;             // [clusters * cluster_size][rank]
+  size_t bytes = 0;             // of the tensors above
 };
 
 struct Weights {
@@ -78,8 +79,8 @@ class Decoder {
   // Bytes of weights one decode step reads with the dense head, and without any head.
   size_t step_weight_bytes() const;
   size_t step_body_bytes() const { return weights_.body_bytes; }
-  // Bytes that flash() reads for so many clusters.
-  size_t flash_bytes(uint32_t probes) const;
+  // Bytes that flash() reads.
+  size_t flash_bytes(uint32_t probes, uint32_t keep) const;
 
   enum class Want { None, Last, All, Hidden };
   // Appends n tokens to the cache. `out` receives vocab logits for the last token or for each, or the
@@ -91,24 +92,41 @@ class Decoder {
   // Logits of n rows of forward()'s hidden output, [n][vocab], by the whole head: the same bits as
   // forward() gives.
   void dense(const float* hidden, uint32_t n, float* logits);
+  // The same as dense() in the order of the head's rows, [n][head rows], which costs less: row_tokens()
+  // says whose they are, and what is nobody's is -inf.
+  void dense_rows(const float* hidden, uint32_t n, float* logits);
+  const std::vector<uint32_t>& row_tokens() const { return weights_.flash.token; }  // empty: ids in order
   // The likeliest token of each of n rows, the lowest id of equals: what dense() gives, without writing
-  // the logits.
+  // the logits, and with half the arithmetic.
   void best(const float* hidden, uint32_t n, uint32_t* tokens);
-  // Logits of one row by the `probes` best clusters, those of the special tokens and those of `more`
-  // (token ids): the same bits as dense() gives for the tokens scored. They are appended to `scored`;
-  // `logits` [vocab] is left alone elsewhere. Throws EngineError without a FlashHead.
-  void flash(const float* hidden, uint32_t probes, const std::vector<uint32_t>& more, float* logits,
-             std::vector<uint32_t>& scored);
+
+  // Some tokens and their logits, the bits that dense() gives, in no order.
+  struct Scored {
+    std::vector<uint32_t> ids;
+    std::vector<float> logits;
+  };
+  // One row's tokens in what is left of `probes` clusters (of all without routers) by the `keep` best units
+  // (by all without low rank), and those beside the special tokens and beside `more` (token ids).
+  // Throws EngineError without a FlashHead.
+  void flash(const float* hidden, uint32_t probes, uint32_t keep, const std::vector<uint32_t>& more, Scored& out);
+  // One row's logits of the tokens `ids`. Needs no FlashHead.
+  void among(const float* hidden, const std::vector<uint32_t>& ids, Scored& out);
 
  private:
   struct Pass;
   struct Head;
-  void score(const float* hidden, uint32_t n, float* logits);  // dense() with the lock held
+  void score(const float* hidden, uint32_t n, float* logits);       // dense() with the lock held
+  void score_rows(const float* hidden, uint32_t n, float* logits);  // dense_rows() of up to kHeadTokens
+  void measure_rows();
+  void check_ids(const std::vector<uint32_t>& ids) const;
+  void reserve_units(size_t units);
+  void take_scored(Scored& out) const;
   ModelSpec spec_;
   const Kernels& kernels_;
   Pool pool_;
   Weights weights_;
   std::unique_ptr<Scratch> scratch_;
+  std::vector<float> row_norms_;  // by tile of the head: the largest norm of a row; made by the first best()
   std::mutex turn_;
 };
 

@@ -52,12 +52,15 @@ void require(bool ok, const char* what) {
   if (!ok) throw EngineError(std::string("sampler: ") + what);
 }
 
-[[noreturn]] void bad_logits(const float* x, uint32_t n) {
-  for (uint32_t i = 0; i < n; i++)
-    if (std::isnan(x[i]) || x[i] == kInf)
-      throw EngineError("logit of token " + std::to_string(i) + " is " + (std::isnan(x[i]) ? "NaN" : "+inf") +
+inline uint32_t id_of(const LogitsView& v, uint32_t i) { return v.ids ? v.ids[i] : i; }
+inline uint32_t blocks(const LogitsView& v) { return (v.n + kBlock - 1) / kBlock; }
+
+[[noreturn]] void bad_logits(const LogitsView& v) {
+  for (uint32_t i = 0; i < v.n; i++)
+    if (std::isnan(v.logits[i]) || v.logits[i] == kInf)
+      throw EngineError("logit of token " + std::to_string(id_of(v, i)) + " is " + (std::isnan(v.logits[i]) ? "NaN" : "+inf") +
                         ": expected finite logits; the model file is damaged or numerically unstable");
-  throw EngineError("all " + std::to_string(n) + " logits are -inf: no token can follow; remove a logit bias");
+  throw EngineError("all " + std::to_string(v.n) + " logits are -inf: no token can follow; remove a logit bias");
 }
 
 }  // namespace
@@ -84,7 +87,11 @@ Sampler::Sampler(uint32_t vocab_size, SamplerOptions options) : n_(vocab_size), 
     count_.resize(n_);
     touched_.reserve(n_);
   }
-  if (penalties_ || !o.bias.empty()) scratch_.resize(n_);
+  if (!o.bias.empty()) {
+    bias_.resize(n_);
+    for (const auto& [id, value] : o.bias) bias_[id] += value;
+  }
+  if (adjusts()) scratch_.resize(n_);
   block_max_.resize((n_ + kBlock - 1) / kBlock);
 }
 
@@ -115,28 +122,40 @@ void Sampler::retract() {
   touched_.pop_back();
 }
 
-const float* Sampler::adjust(const float* logits) {
-  if (scratch_.empty()) return logits;
-  std::copy(logits, logits + n_, scratch_.begin());
-  for (uint32_t id : touched_) {
-    double l = scratch_[id];
-    l = l > 0 ? l / opt_.repetition_penalty : l * opt_.repetition_penalty;
-    l -= opt_.frequency_penalty * count_[id] + (count_[id] ? opt_.presence_penalty : 0.0);
-    scratch_[id] = (float)l;
+void Sampler::penalise(float& logit, uint32_t id) const {
+  double l = logit;
+  l = l > 0 ? l / opt_.repetition_penalty : l * opt_.repetition_penalty;
+  l -= opt_.frequency_penalty * count_[id] + (count_[id] ? opt_.presence_penalty : 0.0);
+  logit = (float)l;
+}
+
+LogitsView Sampler::adjust(const LogitsView& view) {
+  if (!adjusts()) return view;
+  if (scratch_.size() < view.n) scratch_.resize(view.n);
+  std::copy(view.logits, view.logits + view.n, scratch_.begin());
+  if (!view.ids) {
+    for (uint32_t id : touched_) penalise(scratch_[id], id);
+    for (const auto& [id, value] : opt_.bias) scratch_[id] += value;
   }
-  for (const auto& [id, value] : opt_.bias) scratch_[id] += value;
-  return scratch_.data();
+  for (uint32_t i = 0; view.ids && i < view.n; i++) {
+    const uint32_t id = view.ids[i];
+    if (id == kNoToken) continue;
+    if (penalties_ && known_[id]) penalise(scratch_[i], id);
+    if (!bias_.empty()) scratch_[i] += bias_[id];
+  }
+  return {scratch_.data(), view.ids, view.n};
 }
 
 // Maximum of each block and of all; refuses NaN and +inf.
-void Sampler::scan(const float* x) {
+void Sampler::scan(const LogitsView& v) {
   const int32_t lowest = order_key(-kInf), highest = order_key(kInf);
   int32_t all_hi = std::numeric_limits<int32_t>::min(), all_lo = std::numeric_limits<int32_t>::max();
-  for (uint32_t b = 0; b < block_max_.size(); b++) {
-    const uint32_t end = std::min(n_, (b + 1) * kBlock);
+  if (block_max_.size() < blocks(v)) block_max_.resize(blocks(v));
+  for (uint32_t b = 0; b < blocks(v); b++) {
+    const uint32_t end = std::min(v.n, (b + 1) * kBlock);
     int32_t hi = std::numeric_limits<int32_t>::min(), lo = std::numeric_limits<int32_t>::max();
     for (uint32_t i = b * kBlock; i < end; i++) {
-      const int32_t k = order_key(x[i]);
+      const int32_t k = order_key(v.logits[i]);
       hi = std::max(hi, k);
       lo = std::min(lo, k);
     }
@@ -144,26 +163,33 @@ void Sampler::scan(const float* x) {
     all_hi = std::max(all_hi, hi);
     all_lo = std::min(all_lo, lo);
   }
-  if (all_hi >= highest || all_lo < lowest || all_hi == lowest) bad_logits(x, n_);
+  if (all_hi >= highest || all_lo < lowest || all_hi <= lowest) bad_logits(v);
   max_ = from_order_key(all_hi);
 }
 
-uint32_t Sampler::argmax(const float* x) const {
-  const auto block = std::find(block_max_.begin(), block_max_.end(), max_) - block_max_.begin();
-  return (uint32_t)(std::find(x + block * kBlock, x + n_, max_) - x);
+uint32_t Sampler::argmax(const LogitsView& v) const {
+  uint32_t best = kNoToken;
+  for (uint32_t b = 0; b < blocks(v); b++) {
+    if (block_max_[b] != max_) continue;
+    const uint32_t end = std::min(v.n, (b + 1) * kBlock);
+    for (uint32_t i = b * kBlock; i < end; i++)
+      if (v.logits[i] == max_) best = std::min(best, id_of(v, i));
+    if (!v.ids) return best;
+  }
+  return best;
 }
 
 // Sum of exp((x - max) / temperature), to about 1e-6 of it. Ids below e^-45 of the best add less
 // than 1e-11 together, for any vocabulary this accepts, and their blocks are left out.
-double Sampler::mass(const float* x, double temperature) const {
+double Sampler::mass(const LogitsView& v, double temperature) const {
   const float scale = (float)(1.0 / temperature), max = max_;
   const double floor = max_ - 45.0 * temperature;
   float e[kBlock] = {};
   double sum[4] = {};
-  for (uint32_t b = 0; b < block_max_.size(); b++) {
+  for (uint32_t b = 0; b < blocks(v); b++) {
     if (block_max_[b] < floor) continue;
-    const uint32_t begin = b * kBlock, m = std::min(n_ - begin, kBlock);
-    for (uint32_t i = 0; i < m; i++) e[i] = exp_negative((x[begin + i] - max) * scale);
+    const uint32_t begin = b * kBlock, m = std::min(v.n - begin, kBlock);
+    for (uint32_t i = 0; i < m; i++) e[i] = exp_negative((v.logits[begin + i] - max) * scale);
     std::fill(e + m, e + kBlock, 0.0f);
     for (uint32_t i = 0; i < kBlock; i += 4)
       for (uint32_t lane = 0; lane < 4; lane++) sum[lane] += e[i + lane];
@@ -172,36 +198,38 @@ double Sampler::mass(const float* x, double temperature) const {
 }
 
 // The k best ids above -inf into candidates_, in no order.
-void Sampler::collect_top(const float* x, uint32_t k) {
+void Sampler::collect_top(const LogitsView& v, uint32_t k) {
   candidates_.clear();
   if (k == 0) return;
-  candidates_.reserve(std::min<size_t>(2 * (size_t)k, n_));
-  float floor = -kInf;  // what equals the k-th best so far comes later in the order, so it loses
+  candidates_.reserve(std::min<size_t>(2 * (size_t)k, v.n));
+  float floor = -kInf;
+  // In the order of ids, what equals the k-th best so far loses to it.
+  const auto below = [&](float x) { return x == -kInf || (v.ids ? x < floor : x <= floor); };
   const auto keep_k = [&] {
     std::nth_element(candidates_.begin(), candidates_.begin() + (k - 1), candidates_.end(), better);
     candidates_.resize(k);
     floor = candidates_[k - 1].logit;
   };
-  for (uint32_t b = 0; b < block_max_.size(); b++) {
-    if (block_max_[b] <= floor) continue;
-    const uint32_t end = std::min(n_, (b + 1) * kBlock);
+  for (uint32_t b = 0; b < blocks(v); b++) {
+    if (below(block_max_[b])) continue;
+    const uint32_t end = std::min(v.n, (b + 1) * kBlock);
     for (uint32_t i = b * kBlock; i < end; i++) {
-      if (x[i] <= floor) continue;
-      candidates_.push_back({x[i], i});
+      if (below(v.logits[i])) continue;
+      candidates_.push_back({v.logits[i], id_of(v, i)});
       if (candidates_.size() == 2 * (size_t)k) keep_k();
     }
   }
   if (candidates_.size() > k) keep_k();
 }
 
-void Sampler::collect_above(const float* x, double floor) {
+void Sampler::collect_above(const LogitsView& v, double floor) {
   candidates_.clear();
-  candidates_.reserve(n_);
-  for (uint32_t b = 0; b < block_max_.size(); b++) {
+  candidates_.reserve(v.n);
+  for (uint32_t b = 0; b < blocks(v); b++) {
     if (block_max_[b] < floor) continue;
-    const uint32_t end = std::min(n_, (b + 1) * kBlock);
+    const uint32_t end = std::min(v.n, (b + 1) * kBlock);
     for (uint32_t i = b * kBlock; i < end; i++)
-      if (x[i] >= floor) candidates_.push_back({x[i], i});
+      if (v.logits[i] >= floor) candidates_.push_back({v.logits[i], id_of(v, i)});
   }
 }
 
@@ -229,10 +257,10 @@ Sampler::Cutoff Sampler::nucleus(double total) {
   return {c->logit, c->id};
 }
 
-Sampler::Cutoff Sampler::filter(const float* x) {
+Sampler::Cutoff Sampler::filter(const LogitsView& v) {
   Cutoff cut;
   if (opt_.top_k) {
-    collect_top(x, opt_.top_k);
+    collect_top(v, opt_.top_k);
     const auto worst = std::max_element(candidates_.begin(), candidates_.end(), better);
     cut = {worst->logit, worst->id};
   }
@@ -241,10 +269,10 @@ Sampler::Cutoff Sampler::filter(const float* x) {
     if (opt_.top_k) {
       for (const Candidate& c : candidates_) total += std::exp(((double)c.logit - max_) / opt_.temperature);
     } else {
-      total = mass(x, opt_.temperature);
+      total = mass(v, opt_.temperature);
       // All ids with less than (1 - p) / n of the mass have less than 1 - p together and come last
       // in the order, so the prefix ends before them. The factor gives rounding its room.
-      collect_above(x, max_ + opt_.temperature * std::log(0.999 * (1.0 - opt_.top_p) * total / n_));
+      collect_above(v, max_ + opt_.temperature * std::log(0.999 * (1.0 - opt_.top_p) * total / v.n));
     }
     cut = nucleus(total);
   }
@@ -258,44 +286,48 @@ Sampler::Cutoff Sampler::filter(const float* x) {
   return cut;
 }
 
-uint32_t Sampler::draw(const float* x, const Cutoff& cut, uint64_t position) const {
+uint32_t Sampler::draw(const LogitsView& v, const Cutoff& cut, uint64_t position) const {
   const uint64_t state = mix(mix(opt_.seed + kGamma) + position * kGamma);
   const double temperature = opt_.temperature;
-  uint32_t winner = argmax(x);
-  double best = x[winner] / temperature + gumbel(noise(state, winner));
-  for (uint32_t b = 0; b < block_max_.size(); b++) {
+  uint32_t winner = argmax(v);
+  double best = max_ / temperature + gumbel(noise(state, winner));
+  for (uint32_t b = 0; b < blocks(v); b++) {
     if (block_max_[b] < cut.logit) continue;
     // -log1p(-v) >= v, so an id beats `best` only if v < exp(x / temperature - best): most ids are
     // dismissed on their integer noise, without a logarithm. The factor gives rounding its room.
     const double limit = std::exp(block_max_[b] / temperature - best) * (0x1p52 * (1 + 1e-9));
     if (limit < 0.5) continue;
     const uint64_t ceiling = limit >= 0x1p52 ? uint64_t{1} << 52 : (uint64_t)limit + 1;
-    const uint32_t end = std::min(n_, (b + 1) * kBlock);
+    const uint32_t end = std::min(v.n, (b + 1) * kBlock);
     for (uint32_t i = b * kBlock; i < end; i++) {
-      const uint64_t v = noise(state, i);
-      if (v >= ceiling || x[i] < cut.logit || (x[i] == cut.logit && i > cut.id)) continue;
-      const double score = x[i] / temperature + gumbel(v);
-      if (score > best || (score == best && i < winner)) {
+      const uint32_t id = id_of(v, i);
+      const uint64_t own = noise(state, id);
+      const float x = v.logits[i];
+      if (own >= ceiling || x < cut.logit || (x == cut.logit && id > cut.id)) continue;
+      const double score = x / temperature + gumbel(own);
+      if (score > best || (score == best && id < winner)) {
         best = score;
-        winner = i;
+        winner = id;
       }
     }
   }
   return winner;
 }
 
-uint32_t Sampler::sample(const float* logits, uint64_t position) {
-  const float* x = adjust(logits);
-  scan(x);
-  if (opt_.temperature == 0.0) return argmax(x);
-  return draw(x, filter(x), position);
+uint32_t Sampler::sample(const LogitsView& view, uint64_t position) {
+  require(view.ids || view.n == n_, "the logits are not those of the whole vocabulary");
+  const LogitsView v = adjust(view);
+  scan(v);
+  if (opt_.temperature == 0.0) return argmax(v);
+  return draw(v, filter(v), position);
 }
 
 double Sampler::logprobs(const float* logits, uint32_t token, uint32_t top) {
   require(token < n_, "a token is outside the vocabulary");
-  scan(logits);
-  const double log_total = max_ + std::log(mass(logits, 1.0));
-  collect_top(logits, std::min(top, n_));
+  const LogitsView v{logits, nullptr, n_};
+  scan(v);
+  const double log_total = max_ + std::log(mass(v, 1.0));
+  collect_top(v, std::min(top, n_));
   std::sort(candidates_.begin(), candidates_.end(), better);
   best_.clear();
   for (const Candidate& c : candidates_) best_.push_back({c.id, c.logit - log_total});

@@ -10,7 +10,10 @@
 // position and logits alone: not of threads, of the order of evaluation or of how ids are skipped.
 //
 // Each filter keeps a prefix of one total order (logit descending, then id ascending), so all of
-// them together are one cut-off. Blocks of 256 ids whose maximum is below it are skipped.
+// them together are one cut-off. Blocks of 256 logits whose maximum is below it are skipped.
+//
+// Logits come for the whole vocabulary in the order of ids, or for some ids in any order: the others
+// then do not exist. Their order changes the token only where top-p's sum over them rounds otherwise.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -32,6 +35,15 @@ struct SamplerOptions {
   std::vector<std::pair<uint32_t, float>> bias;  // added last; -inf bans an id
 };
 
+// Logits of n tokens: of id i for each i when `ids` is nullptr (n is the vocabulary's size then), else of
+// ids[i]; each id at most once, and kNoToken where the logit is -inf.
+struct LogitsView {
+  const float* logits;
+  const uint32_t* ids;
+  uint32_t n;
+};
+inline constexpr uint32_t kNoToken = 0xffffffff;
+
 struct Logprob {
   uint32_t id;
   double value;
@@ -39,12 +51,14 @@ struct Logprob {
 
 class Sampler {
  public:
-  // Throws EngineError for options out of range. Allocates all it will ever need.
+  // Throws EngineError for options out of range. Allocates what logits of a whole vocabulary need.
   Sampler(uint32_t vocab_size, SamplerOptions options);
 
   uint32_t vocab_size() const { return n_; }
   // sample() is the arg max of the logits as they are.
-  bool plain_greedy() const { return opt_.temperature == 0.0 && scratch_.empty(); }
+  bool plain_greedy() const { return opt_.temperature == 0.0 && !adjusts(); }
+  // The order of the logits cannot change the token.
+  bool order_free() const { return opt_.temperature == 0.0 || opt_.top_p == 1.0; }
 
   // Tokens of the prompt, for the repetition penalty.
   void observe(const uint32_t* tokens, size_t n);
@@ -53,9 +67,9 @@ class Sampler {
   // Takes back the last accept() not yet taken back. Throws EngineError when there is none.
   void retract();
 
-  // The token at `position` (tokens before it in the sequence). `logits` is [vocab_size].
-  // Throws EngineError when a logit is NaN or +inf, or all are -inf. Changes no state.
-  uint32_t sample(const float* logits, uint64_t position);
+  // The token at `position` (tokens before it in the sequence). Throws EngineError when a logit is NaN
+  // or +inf, or all are -inf. Changes no state.
+  uint32_t sample(const LogitsView& view, uint64_t position);
 
   // Log probabilities of the whole softmax of `logits` as they are: temperature 1, no penalty, no
   // filter. Returns that of `token`; `best()` then holds the `top` highest, best first.
@@ -76,25 +90,28 @@ class Sampler {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
   }
 
-  const float* adjust(const float* logits);
-  void scan(const float* x);
-  uint32_t argmax(const float* x) const;
-  double mass(const float* x, double temperature) const;
-  void collect_top(const float* x, uint32_t k);
-  void collect_above(const float* x, double floor);
+  bool adjusts() const { return penalties_ || !opt_.bias.empty(); }
+  void penalise(float& logit, uint32_t id) const;
+  LogitsView adjust(const LogitsView& view);
+  void scan(const LogitsView& v);
+  uint32_t argmax(const LogitsView& v) const;
+  double mass(const LogitsView& v, double temperature) const;
+  void collect_top(const LogitsView& v, uint32_t k);
+  void collect_above(const LogitsView& v, double floor);
   Cutoff nucleus(double total);
-  Cutoff filter(const float* x);
-  uint32_t draw(const float* x, const Cutoff& cut, uint64_t position) const;
+  Cutoff filter(const LogitsView& v);
+  uint32_t draw(const LogitsView& v, const Cutoff& cut, uint64_t position) const;
 
   uint32_t n_;
   SamplerOptions opt_;
   bool penalties_;
   std::vector<float> scratch_;      // [n] logits with penalties and bias
+  std::vector<float> bias_;         // [n] by id, if there is any
   std::vector<uint8_t> known_;      // [n] 1: in touched_
   std::vector<uint32_t> count_;     // [n] times in the reply
   std::vector<uint32_t> touched_;   // ids of prompt and reply, each once
   std::vector<std::pair<uint32_t, bool>> accepted_;  // the reply, and whether an id was new in touched_
-  std::vector<float> block_max_;    // [ceil(n / 256)] of the logits last scanned
+  std::vector<float> block_max_;    // by 256 of the logits last scanned
   float max_ = 0;                   // of the logits last scanned
   std::vector<Candidate> candidates_;  // what a filter looks at
   std::vector<Logprob> best_;

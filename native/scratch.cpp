@@ -19,7 +19,7 @@ QuantActs take_quant(Arena& a, size_t values) {
 
 }  // namespace
 
-Scratch::Scratch(const ModelSpec& spec, const FlashHead& flash, uint32_t thread_count) {
+Scratch::Scratch(const ModelSpec& spec, const Weights& weights, uint32_t thread_count) {
   uint32_t kv = 0;
   for (const LayerSpec& l : spec.layers) {
     kv = std::max(kv, l.n_kv_heads * spec.head_dim);
@@ -37,16 +37,18 @@ Scratch::Scratch(const ModelSpec& spec, const FlashHead& flash, uint32_t thread_
   widest = padded(std::max({spec.dim, q_cols, spec.ffn_dim}));
   threads.resize(thread_count);
   Arena measure;
-  lay_out(measure, spec, flash);
+  lay_out(measure, spec, weights);
   arena_ = Arena(measure.used(), "the activations");
-  lay_out(arena_, spec, flash);
+  lay_out(arena_, spec, weights);
   for (Private& p : threads) {
-    p.taken.resize(flash.clusters);
-    p.chosen.reserve(flash.clusters);
+    p.taken.resize((weights.head.rows + FlashHead::kUnit - 1) / FlashHead::kUnit);
+    p.chosen.reserve(p.taken.size());
+    p.units.reserve(p.taken.size());
   }
 }
 
-void Scratch::lay_out(Arena& a, const ModelSpec& spec, const FlashHead& flash) {
+void Scratch::lay_out(Arena& a, const ModelSpec& spec, const Weights& weights) {
+  const FlashHead& flash = weights.flash;
   const size_t n = kMaxChunk, dim = spec.dim, codes = std::max<size_t>(widest, 2 * dim), rope = ropes.size() * n * (spec.rope_dims / 2);
   x = a.take<float>(n * dim);
   y = a.take<float>(n * padded(spec.dim));
@@ -59,6 +61,7 @@ void Scratch::lay_out(Arena& a, const ModelSpec& spec, const FlashHead& flash) {
   in.f = a.take<float>(n * widest);
   in.q = take_quant(a, n * codes);
   cluster = a.take<float>(padded(flash.clusters));
+  unit = a.take<float>(flash.low.rows / FlashHead::kUnit);
   low = a.take<float>(padded(flash.projection.rows));
   cos = a.take<float>(rope);
   sin = a.take<float>(rope);
@@ -69,6 +72,7 @@ void Scratch::lay_out(Arena& a, const ModelSpec& spec, const FlashHead& flash) {
     p.tmp = a.take<float>(std::max<size_t>(widest, kHeadTokens * dim));
     p.head = take_quant(a, 2 * kHeadTokens * dim);
     p.head.parts = 2;
+    p.coarse = take_quant(a, kHeadTokens * dim);
     p.tile = a.take<float>(kHeadTokens * 16);
     p.scores = a.take<float>(16 * kChunkTokens);
     p.max = a.take<float>(kRowsAtOnce);

@@ -27,7 +27,7 @@ struct Input {
 // "Shared" buffers hold all tokens of a chunk. Each thread also has a private set for one token: a
 // decode step repeats the cheap parts on every thread instead of meeting at a barrier for them.
 struct Scratch {
-  Scratch(const ModelSpec& spec, const FlashHead& flash, uint32_t threads);
+  Scratch(const ModelSpec& spec, const Weights& weights, uint32_t threads);
 
   struct Likely {
     float logit;
@@ -38,12 +38,14 @@ struct Scratch {
     Input in;          // [widest], or [dim] in two parts
     float* tmp;        // [max(widest, kHeadTokens * dim)]
     QuantActs head;    // [kHeadTokens][dim] in two parts
+    QuantActs coarse;  // [kHeadTokens][dim] in one
     float* tile;       // [kHeadTokens][16]
     float* scores;     // [16][kChunkTokens]
     float *max, *sum;  // [kRowsAtOnce]
     Likely likeliest[kHeadTokens];
-    std::vector<uint32_t> chosen;  // clusters a FlashHead scores
-    std::vector<uint8_t> taken;    // [clusters] 1: in `chosen`
+    std::vector<uint32_t> chosen;  // clusters or units that the last stage of a FlashHead chose
+    std::vector<uint32_t> units;   // units of the head's rows that are looked at
+    std::vector<uint8_t> taken;    // [units of the head] 1: in `units`
   };
 
   uint32_t q_cols, kv_cols;  // row strides of q and of k, v
@@ -57,6 +59,7 @@ struct Scratch {
   float* conv;          // [kMaxChunk][dim] output of the convolution, if the model has any
   Input in;             // [kMaxChunk][widest], or [kMaxChunk][dim] in two parts
   float* cluster;       // [clusters], padded: scores of a FlashHead's clusters
+  float* unit;          // [units] low-rank scores of units
   float* low;           // [rank] low-rank image of the head's input
   float *cos, *sin;     // [rope kinds][kMaxChunk][rope_dims / 2]
   std::vector<Private> threads;
@@ -71,11 +74,16 @@ struct Scratch {
 
   // Logits of the whole head in the order of a FlashHead's rows, [kHeadTokens][rows]; grows with use.
   std::vector<float> by_row;
+  // Tokens of the units scored last and their logits, [units][kUnit]; grows with use.
+  std::vector<uint32_t> ids;
+  std::vector<float> logits;
 
-  size_t bytes() const { return arena_.bytes() + (partial.capacity() + by_row.capacity()) * sizeof(float); }
+  size_t bytes() const {
+    return arena_.bytes() + (partial.capacity() + by_row.capacity() + ids.capacity() + logits.capacity()) * sizeof(float);
+  }
 
  private:
-  void lay_out(Arena& a, const ModelSpec& spec, const FlashHead& flash);
+  void lay_out(Arena& a, const ModelSpec& spec, const Weights& weights);
   Arena arena_;
 };
 

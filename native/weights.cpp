@@ -207,10 +207,10 @@ class Loader {
     return *found;
   }
 
-  uint32_t cluster_of(const FlashHead& f, int32_t id, const std::string& key) const {
+  uint32_t unit_of(const FlashHead& f, int32_t id, const std::string& key) const {
     if (id < 0 || uint32_t(id) >= spec_.vocab_size)
       refuse(key, "expected token ids below " + std::to_string(spec_.vocab_size) + ", found " + std::to_string(id));
-    return f.row[size_t(id)] / f.cluster_size;
+    return f.row[size_t(id)] / FlashHead::kUnit;
   }
 
   // Which token each row of the head belongs to.
@@ -218,11 +218,11 @@ class Loader {
     const std::string size_key = "edgert.head.cluster_size", key = "edgert.head.tokens";
     const MetaValue* size = sidecar_->get(size_key);
     const auto* value = size ? std::get_if<uint64_t>(&size->v) : nullptr;
-    if (!value || *value == 0 || *value % 16 != 0 || *value > 4096)
+    if (!value || *value == 0 || *value % FlashHead::kUnit != 0 || *value > 4096)
       refuse(size_key, "expected a multiple of 16 up to 4096");
     f.cluster_size = uint32_t(*value);
     const std::vector<int32_t>& tokens = integers(key);
-    if (tokens.empty() || tokens.size() % f.cluster_size != 0 || tokens.size() > size_t(spec_.vocab_size) + 16 * size_t(f.cluster_size) * 64)
+    if (tokens.empty() || tokens.size() % f.cluster_size != 0 || tokens.size() > size_t(spec_.vocab_size) + 1024 * size_t(f.cluster_size))
       refuse(key, "expected whole clusters of " + std::to_string(f.cluster_size) + " for a vocabulary of " +
                       std::to_string(spec_.vocab_size) + ", found " + std::to_string(tokens.size()) + " rows");
     f.clusters = uint32_t(tokens.size() / f.cluster_size);
@@ -238,25 +238,26 @@ class Loader {
     for (uint32_t id = 0; id < spec_.vocab_size; ++id)
       if (f.row[id] == FlashHead::kPadding) refuse(key, "token " + std::to_string(id) + " has no row");
     for (int32_t id : integers("edgert.head.special")) {
-      const uint32_t c = cluster_of(f, id, "edgert.head.special");
-      if (std::find(f.special.begin(), f.special.end(), c) == f.special.end()) f.special.push_back(c);
+      const uint32_t unit = unit_of(f, id, "edgert.head.special");
+      if (std::find(f.special.begin(), f.special.end(), unit) == f.special.end()) f.special.push_back(unit);
     }
   }
 
-  // The tensors that score the clusters.
+  // The tensors that score clusters and units.
   void routers(FlashHead& f) {
-    f.router_bytes = 0;
-    if (const TensorInfo* t = sidecar_->find("head.projection")) {
-      const uint64_t rank = t->dims.size() == 2 ? t->dims[1] : 0;
-      if (rank == 0 || rank % 32 != 0 || rank > spec_.dim) refuse("head.projection", "expected a rank that is a multiple of 32");
-      finite_matrix("head.projection", uint32_t(rank), spec_.dim, f.projection, f.router_bytes);
-      finite_matrix("head.rows", uint32_t(f.token.size()), uint32_t(rank), f.routers, f.router_bytes);
-      return;
+    f.bytes = 0;
+    const TensorInfo* projection = sidecar_->find("head.projection");
+    if (!projection || sidecar_->find("head.routers")) {
+      finite_matrix("head.routers", f.clusters, spec_.dim, f.routers, f.bytes);
+      f.bias = vec("head.bias", f.clusters, f.bytes);
+      for (uint32_t c = 0; f.bias && c < f.clusters; ++c)
+        if (!std::isfinite(f.bias[c])) refuse("head.bias", "expected numbers, found NaN or infinity");
     }
-    finite_matrix("head.routers", f.clusters, spec_.dim, f.routers, f.router_bytes);
-    f.bias = vec("head.bias", f.clusters, f.router_bytes);
-    for (uint32_t c = 0; f.bias && c < f.clusters; ++c)
-      if (!std::isfinite(f.bias[c])) refuse("head.bias", "expected numbers, found NaN or infinity");
+    if (!projection) return;
+    const uint64_t rank = projection->dims.size() == 2 ? projection->dims[1] : 0;
+    if (rank == 0 || rank % 32 != 0 || rank > spec_.dim) refuse("head.projection", "expected a rank that is a multiple of 32");
+    finite_matrix("head.projection", uint32_t(rank), spec_.dim, f.projection, f.bytes);
+    finite_matrix("head.rows", uint32_t(f.token.size()), uint32_t(rank), f.low, f.bytes);
   }
 
   void finite_matrix(const std::string& name, uint32_t rows, uint32_t cols, PackedMatrix& out, size_t& bytes) {

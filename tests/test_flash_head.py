@@ -23,7 +23,7 @@ from edgert.engines.native import NativeEngine
 from edgert.errors import ModelFileError, UsageError
 from edgert.locate import find_sidecar, sidecar_path
 from edgert.session_file import fingerprint
-from edgert.sidecar import Sidecar
+from edgert.sidecar import RECIPES, VERSION, Sidecar
 
 MODELS = [
     ("llama", "Q4_0"),
@@ -51,18 +51,20 @@ def spec_of(base: Path) -> Any:
 def parts(base: Path, recipe: str = "clusters", seed: int = 0) -> tuple[dict[str, Value], list[Tensor]]:
     """A sidecar of random clusters and routers: right in form, of no use."""
     spec, rng = spec_of(base), np.random.default_rng(seed)
-    clusters = -(-spec.vocab_size // SIZE)
-    tokens = np.full(clusters * SIZE, -1, np.int32)
-    tokens[rng.permutation(clusters * SIZE)[: spec.vocab_size]] = rng.permutation(spec.vocab_size)
+    size = 2 * SIZE if "+" in recipe else SIZE
+    clusters = -(-spec.vocab_size // size)
+    tokens = np.full(clusters * size, -1, np.int32)
+    tokens[rng.permutation(clusters * size)[: spec.vocab_size]] = rng.permutation(spec.vocab_size)
     metadata: dict[str, Value] = {
         "general.architecture": "edgert",
-        "edgert.version": 1,
+        "edgert.version": VERSION,
         "edgert.base.bytes": base.stat().st_size,
         "edgert.base.fingerprint": fingerprint(base),
         "edgert.base.sha256": "",
         "edgert.head.recipe": recipe,
-        "edgert.head.cluster_size": SIZE,
-        "edgert.head.probes": 2,
+        "edgert.head.cluster_size": size,
+        "edgert.head.probes": 2 if "clusters" in recipe else 0,
+        "edgert.head.keep": 2 if "lowrank" in recipe else 0,
         "edgert.head.tokens": tokens,
         "edgert.head.special": np.array([SPECIAL], np.int32),
         "edgert.head.quality": json.dumps({"agreement": 0.5}),
@@ -72,14 +74,19 @@ def parts(base: Path, recipe: str = "clusters", seed: int = 0) -> tuple[dict[str
         values = rng.standard_normal((rows, cols)).astype(np.float32)
         return Tensor(name, type, (rows, cols), (q4_0 if type == "Q4_0" else q8_0)(values))
 
-    if recipe == "lowrank":
-        return metadata, [
+    tensors = []
+    if "clusters" in recipe:
+        bias = rng.standard_normal(clusters).astype(np.float32)
+        tensors += [
+            matrix("head.routers", clusters, spec.dim, "Q4_0"),
+            Tensor("head.bias", "F32", (clusters,), bias.view(np.uint8)),
+        ]
+    if "lowrank" in recipe:
+        tensors += [
             matrix("head.projection", 32, spec.dim, "Q8_0"),
             matrix("head.rows", len(tokens), 32, "Q4_0"),
         ]
-    bias = rng.standard_normal(clusters).astype(np.float32)
-    bias_tensor = Tensor("head.bias", "F32", (clusters,), bias.view(np.uint8))
-    return metadata, [matrix("head.routers", clusters, spec.dim, "Q4_0"), bias_tensor]
+    return metadata, tensors
 
 
 def open_flash(base: Path, sidecar: Path | None) -> NativeEngine:
@@ -87,27 +94,42 @@ def open_flash(base: Path, sidecar: Path | None) -> NativeEngine:
     return NativeEngine(file, spec_of(base), 2, Sidecar(sidecar, base) if sidecar else None)
 
 
-def cluster_scores(base: Path, metadata: dict[str, Value], tensors: list[Tensor], state: Any) -> Any:
-    """What the runtime should rank the clusters by, in float64 up to the rounding of its input."""
+def cheap_scores(base: Path, metadata: dict[str, Value], tensors: list[Tensor], state: Any) -> Any:
+    """What the runtime should rank clusters and units of 16 rows by, in float64 up to the rounding of its
+    input; zeros for a stage that the recipe lacks."""
     spec, file = spec_of(base), _native.GgufFile(str(base))
     x = state.astype(np.float64)
     h = x / np.sqrt(np.square(x).mean() + spec.norm_eps) * file.dequantize(spec.output_norm)
     values = {t.name: dequantise(t.data, t.type, t.shape[1]) for t in tensors if len(t.shape) == 2}
-    if metadata["edgert.head.recipe"] == "clusters":
+    ids = np.asarray(metadata["edgert.head.tokens"])
+    clusters = np.zeros(len(ids) // int(str(metadata["edgert.head.cluster_size"])))
+    units = np.zeros(len(ids) // SIZE)
+    if "head.routers" in values:
         bias = next(t.data.view(np.float32) for t in tensors if t.name == "head.bias")
-        return values["head.routers"] @ h + bias
-    rows = values["head.rows"] @ (values["head.projection"] @ h)
-    rows[np.asarray(metadata["edgert.head.tokens"]) < 0] = -math.inf
-    return rows.reshape(-1, SIZE).max(1)
+        clusters = values["head.routers"] @ h + bias
+    if "head.rows" in values:
+        rows = values["head.rows"] @ (values["head.projection"] @ h)
+        rows[ids < 0] = -math.inf
+        units = rows.reshape(-1, SIZE).max(1)
+    return clusters, units
 
 
-@pytest.mark.parametrize("recipe", ["clusters", "lowrank"])
-def test_scored_tokens_have_the_dense_logits_and_are_those_of_the_best_clusters(
-    base: Path, recipe: str
-) -> None:
+def beyond(scores: Any, among: set[int], count: int) -> set[int]:
+    """Those of ``among`` that clearly do not belong to its ``count`` best: int8 codes of the input may turn
+    round two that score alike."""
+    order = sorted(scores[list(among)])
+    cut = order[-count] if count <= len(order) else -math.inf
+    finite = scores[np.isfinite(scores)]
+    return {i for i in among if scores[i] < cut - 0.1 * np.std(finite)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_scored_tokens_have_the_dense_logits_and_are_those_of_the_best_rows(base: Path, recipe: str) -> None:
     metadata, tensors = parts(base, recipe)
     write_gguf(sidecar_path(base), metadata, tensors)
-    tokens = np.asarray(metadata["edgert.head.tokens"]).reshape(-1, SIZE)
+    ids = np.asarray(metadata["edgert.head.tokens"])
+    per = int(str(metadata["edgert.head.cluster_size"])) // SIZE
+    unit_of = {int(token): row // SIZE for row, token in enumerate(ids) if token >= 0}
     plain, flash = open_flash(base, None), open_flash(base, sidecar_path(base))
     prompt = np.array([5, 9, 2, 11], np.int32)
     a, b = _native.Cache(plain._model, 16), _native.Cache(flash._model, 16)
@@ -115,22 +137,71 @@ def test_scored_tokens_have_the_dense_logits_and_are_those_of_the_best_clusters(
     hidden = flash._model.hidden(b, prompt)
     # Rows in another order, the head apart from the body: the same bits.
     np.testing.assert_array_equal(flash._model.dense(hidden), dense)
-    out = _native.SparseLogits(flash.vocab_size)
-    for probes in (1, 3, len(tokens)):
+    rows, order = flash._model.dense_rows(hidden), flash._model.row_tokens
+    assert order is not None and order.view(np.int32).tolist() == ids.tolist()
+    np.testing.assert_array_equal(rows[:, ids >= 0], dense[:, ids[ids >= 0]])
+    assert np.isneginf(rows[:, ids < 0]).all()
+    np.testing.assert_array_equal(flash._model.best(hidden), dense.argmax(1))
+    for probes, keep in ((1, 1), (3, 2), (len(ids), len(ids))):
         for position, state in enumerate(hidden):
             more = [position, position + 40]
-            flash._model.flash(state, probes, more, out)
-            known = np.flatnonzero(np.isfinite(out.array))
-            assert len(known) == out.scored
-            np.testing.assert_array_equal(out.array[known], dense[position, known])
-            scores = cluster_scores(base, metadata, tensors, state)
-            forced = {c for c, members in enumerate(tokens) if set(members) & {SPECIAL, *more}}
-            best = set(np.argsort(-scores)[:probes].tolist())
-            chosen = {c for c, members in enumerate(tokens) if members.max() in known}
-            assert forced <= chosen and len(chosen) <= probes + len(forced)
-            # int8 codes of the input may turn round two clusters that score alike.
-            cut = np.sort(scores)[-probes]
-            assert all(abs(scores[c] - cut) < 0.1 * np.std(scores) for c in best ^ (chosen - (forced - best)))
+            found, logits = flash._model.flash(state, probes, keep, more)
+            assert len(set(found.tolist())) == len(found)
+            np.testing.assert_array_equal(logits, dense[position, found])
+            forced = {unit_of[token] for token in (SPECIAL, *more)}
+            chosen = {unit_of[int(token)] for token in found}
+            clusters, units = cheap_scores(base, metadata, tensors, state)
+            everything = set(range(len(units)))
+            assert forced <= chosen
+            if "clusters" in recipe:
+                bad = beyond(clusters, set(range(len(clusters))), probes)
+                assert not {u // per for u in chosen - forced} & bad
+                everything = {u for u in everything if u // per not in bad}
+                if "lowrank" not in recipe:
+                    assert len(chosen) >= min(probes * per, len(units))
+            if "lowrank" in recipe:
+                # With the clusters beside the cut some units of the set may not have been candidates.
+                assert len(chosen - forced) <= keep
+                if recipe == "lowrank":
+                    assert not (chosen - forced) & beyond(units, everything, keep)
+
+
+def test_among_reads_the_rows_of_the_tokens_asked_for(base: Path) -> None:
+    write_gguf(sidecar_path(base), *parts(base))
+    for engine in (open_flash(base, None), open_flash(base, sidecar_path(base))):
+        model = engine._model
+        hidden = model.hidden(_native.Cache(model, 16), np.array([5, 9], np.int32))
+        dense = model.dense(hidden)
+        for ids in ([7], [3, 3, 90, 4], list(range(engine.vocab_size))):
+            found, logits = model.among(hidden[1], ids)
+            assert sorted(found.tolist()) == sorted(set(ids))
+            np.testing.assert_array_equal(logits, dense[1, found])
+        with pytest.raises(edgert.EdgertError, match="outside the vocabulary"):
+            model.among(hidden[0], [engine.vocab_size])
+
+
+@pytest.mark.parametrize("head", ["dense", "flash", "exact"])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.9, "seed": 3, "logprobs": 1}], ids=["greedy", "drawn"]
+)
+def test_constrained_ids(base: Path, head: str, options: dict[str, Any]) -> None:
+    """A reply among allowed ids is that of the dense head with every other id banned."""
+    write_gguf(sidecar_path(base), *parts(base))
+    allowed = [4, 8, 15, 16, 23, 42]
+    with edgert.load(base, head="dense") as dense, edgert.load(base, head=head) as model:
+        banned = {i: -math.inf for i in range(dense.vocab_size) if i not in allowed}
+        wanted = dense.generate([1, 2, 3], max_tokens=12, logit_bias=banned, **options)
+        reply = model.generate([1, 2, 3], max_tokens=12, allowed=allowed, **options)
+        assert reply.tokens == wanted.tokens and reply.logprobs == wanted.logprobs
+
+        def rising(tokens: Any) -> Any:
+            return [t for t in allowed if not tokens or t > tokens[-1]] or allowed[:1]
+
+        steps = model.generate([1, 2, 3], max_tokens=len(allowed), allowed=rising, **options).tokens
+        assert all(a < b or b == allowed[0] for a, b in zip(steps, steps[1:], strict=False))
+        for wrong in ([], [-1], [dense.vocab_size], 7, ["x"], lambda tokens: []):
+            with pytest.raises(UsageError, match="allowed"):
+                model.generate([1, 2, 3], max_tokens=2, allowed=wrong)
 
 
 def test_every_thread_count_chooses_the_same(base: Path) -> None:
@@ -141,8 +212,9 @@ def test_every_thread_count_chooses_the_same(base: Path) -> None:
             _native.GgufFile(str(base)), spec_of(base), threads, Sidecar(sidecar_path(base), base)
         )
         session = engine.session(8)
-        results.append(session.flash(session.hidden(7), []).copy())
-    np.testing.assert_array_equal(*results)
+        results.append(session.flash(session.hidden(7), []))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +278,7 @@ def broken(metadata: dict[str, Value], tensors: list[Tensor], how: str) -> None:
     """Break the parts of a sidecar in one way."""
     tokens = np.asarray(metadata["edgert.head.tokens"]).copy()
     if how == "version":
-        metadata["edgert.version"] = 2
+        metadata["edgert.version"] = 1
     elif how == "base":
         metadata["edgert.base.fingerprint"] = "0" * 64
     elif how == "size":
@@ -225,6 +297,11 @@ def broken(metadata: dict[str, Value], tensors: list[Tensor], how: str) -> None:
         metadata["edgert.head.special"] = np.array([10**6], np.int32)
     elif how == "probes":
         metadata["edgert.head.probes"] = 0
+    elif how == "keep":
+        metadata["edgert.head.keep"] = 7
+    elif how == "other recipe":
+        metadata["edgert.head.recipe"], metadata["edgert.head.probes"] = "lowrank", 0
+        metadata["edgert.head.keep"] = 2
     elif how == "recipe":
         metadata["edgert.head.recipe"] = "magic"
     elif how == "nan bias":
@@ -251,7 +328,7 @@ WAYS = [
     "probes",
     "recipe",
 ]
-WAYS += ["nan bias", "nan routers", "shape", "no routers"]
+WAYS += ["keep", "other recipe", "nan bias", "nan routers", "shape", "no routers"]
 
 
 @pytest.mark.parametrize("how", WAYS)

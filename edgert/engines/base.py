@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.uint32]
 
 
 class EngineSession(Protocol):

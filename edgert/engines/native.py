@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgert import _native
-from edgert.engines.base import Logits
-from edgert.errors import EngineError
+from edgert.engines.base import Ids, Logits
 from edgert.models import ModelSpec
 
 if TYPE_CHECKING:
@@ -22,11 +21,10 @@ CHUNK = 256
 class NativeSession:
     """One sequence of the native engine. See :class:`edgert.engines.base.EngineSession`."""
 
-    def __init__(self, model: _native.Model, context: int, probes: int) -> None:
+    def __init__(self, model: _native.Model, context: int, probes: int, keep: int) -> None:
         self._model = model
         self._cache = _native.Cache(model, context)
-        self._probes = probes
-        self._logits = _native.SparseLogits(model.vocab_size) if probes else None
+        self._probes, self._keep = probes, keep
 
     @property
     def length(self) -> int:
@@ -61,14 +59,17 @@ class NativeSession:
     def dense(self, hidden: Logits) -> Logits:
         return self._model.dense(hidden)
 
+    def dense_rows(self, hidden: Logits) -> tuple[Ids | None, Logits]:
+        return self._model.row_tokens, self._model.dense_rows(hidden)
+
     def best(self, hidden: Logits) -> list[int]:
         return [int(token) for token in self._model.best(hidden)]
 
-    def flash(self, hidden: Logits, more: Sequence[int]) -> Logits:
-        if self._logits is None:
-            raise EngineError("this model was loaded without a FlashHead: export one, or use head='dense'")
-        self._model.flash(hidden, self._probes, list(more), self._logits)
-        return self._logits.array
+    def flash(self, hidden: Logits, more: Sequence[int]) -> tuple[Ids, Logits]:
+        return self._model.flash(hidden, self._probes, self._keep, more)
+
+    def among(self, hidden: Logits, ids: Sequence[int]) -> tuple[Ids, Logits]:
+        return self._model.among(hidden, ids)
 
     def rewind(self, length: int) -> int:
         return self._cache.rewind(length)
@@ -101,7 +102,7 @@ class NativeEngine:
         probes: int = 0,
     ) -> None:
         self.spec, self.sidecar = spec, sidecar
-        self.probes = (probes or sidecar.probes) if sidecar else 0
+        self.probes, self.keep = sidecar.budget(probes) if sidecar else (0, 0)
         self._model = _native.Model(file, spec.as_dict(), threads, sidecar.file if sidecar else None)
 
     @property
@@ -113,7 +114,7 @@ class NativeEngine:
         return self.spec.context_length
 
     def session(self, context: int) -> NativeSession:
-        return NativeSession(self._model, context, self.probes)
+        return NativeSession(self._model, context, self.probes, self.keep)
 
     def memory(self) -> dict[str, int]:
         return self._model.memory()
@@ -128,8 +129,10 @@ class NativeEngine:
         }
         if self.sidecar:
             described["body_bytes_per_step"] = model.step_body_bytes
-            described["flash_bytes_per_step"] = model.step_body_bytes + model.flash_bytes(self.probes)
-            described["probes"] = self.probes
+            described["flash_bytes_per_step"] = model.step_body_bytes + model.flash_bytes(
+                self.probes, self.keep
+            )
+            described["probes"], described["keep"] = self.probes, self.keep
         return described
 
     def close(self) -> None:

@@ -102,7 +102,20 @@ Logits dense(Decoder& d, Hidden h) {
   return to_array(std::move(out), {n, vocab});
 }
 
-nb::ndarray<nb::numpy, uint32_t> best(Decoder& d, Hidden h) {
+Logits dense_rows(Decoder& d, Hidden h) {
+  check_dim(d, h.shape(1));
+  const size_t n = h.shape(0), rows = d.weights().head.rows;
+  auto out = std::make_unique<float[]>(n * rows);
+  {
+    nb::gil_scoped_release release;
+    d.dense_rows(h.data(), uint32_t(n), out.get());
+  }
+  return to_array(std::move(out), {n, rows});
+}
+
+using Ids = nb::ndarray<nb::numpy, uint32_t>;
+
+Ids best(Decoder& d, Hidden h) {
   check_dim(d, h.shape(1));
   const size_t n = h.shape(0);
   auto out = std::make_unique<uint32_t[]>(n);
@@ -115,20 +128,33 @@ nb::ndarray<nb::numpy, uint32_t> best(Decoder& d, Hidden h) {
   return {p, {n}, owner};
 }
 
-// Logits of one position that stay in one place: -inf but for the tokens last scored.
-struct SparseLogits {
-  explicit SparseLogits(uint32_t vocab) : logits(vocab, -INFINITY) {}
-  std::vector<float> logits;
-  std::vector<uint32_t> scored;
-};
+using ScoredArrays = nb::typed<nb::tuple, Ids, Logits>;
 
-void flash(Decoder& d, Row hidden, uint32_t probes, const std::vector<uint32_t>& more, SparseLogits& out) {
+// (ids [n], logits [n]) that live as long as either array.
+ScoredArrays to_arrays(std::unique_ptr<Decoder::Scored> scored) {
+  Decoder::Scored* p = scored.release();
+  nb::capsule owner(p, [](void* q) noexcept { delete static_cast<Decoder::Scored*>(q); });
+  return ScoredArrays(nb::make_tuple(Ids(p->ids.data(), {p->ids.size()}, owner), Logits(p->logits.data(), {p->logits.size()}, owner)));
+}
+
+ScoredArrays flash(Decoder& d, Row hidden, uint32_t probes, uint32_t keep, const std::vector<uint32_t>& more) {
   check_dim(d, hidden.shape(0));
-  if (out.logits.size() != d.spec().vocab_size) throw EngineError("the logits are those of another model");
-  nb::gil_scoped_release release;
-  for (uint32_t id : out.scored) out.logits[id] = -INFINITY;
-  out.scored.clear();
-  d.flash(hidden.data(), probes, more, out.logits.data(), out.scored);
+  auto out = std::make_unique<Decoder::Scored>();
+  {
+    nb::gil_scoped_release release;
+    d.flash(hidden.data(), probes, keep, more, *out);
+  }
+  return to_arrays(std::move(out));
+}
+
+ScoredArrays among(Decoder& d, Row hidden, const std::vector<uint32_t>& ids) {
+  check_dim(d, hidden.shape(0));
+  auto out = std::make_unique<Decoder::Scored>();
+  {
+    nb::gil_scoped_release release;
+    d.among(hidden.data(), ids, *out);
+  }
+  return to_arrays(std::move(out));
 }
 
 nb::typed<nb::dict, nb::str, nb::int_> memory(const Decoder& d) {
@@ -136,7 +162,7 @@ nb::typed<nb::dict, nb::str, nb::int_> memory(const Decoder& d) {
   m["body"] = d.weights().body_bytes;
   m["embedding"] = d.weights().embedding_bytes;
   m["head"] = d.weights().head_bytes;
-  m["flash_head"] = d.weights().flash.router_bytes + 4 * (d.weights().flash.token.size() + d.weights().flash.row.size());
+  m["flash_head"] = d.weights().flash.bytes + 4 * (d.weights().flash.token.size() + d.weights().flash.row.size());
   m["activations"] = d.activation_bytes();
   return m;
 }
@@ -159,7 +185,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("vocab_size", [](const Decoder& d) { return d.spec().vocab_size; })
       .def_prop_ro("step_weight_bytes", &Decoder::step_weight_bytes, "Bytes of weights one decode step reads with the dense head.")
       .def_prop_ro("step_body_bytes", &Decoder::step_body_bytes, "The same without any head.")
-      .def("flash_bytes", &Decoder::flash_bytes, nb::arg("probes"), "Bytes that flash() reads for so many clusters.")
+      .def("flash_bytes", &Decoder::flash_bytes, nb::arg("probes"), nb::arg("keep"), "Bytes that flash() reads.")
       .def("memory", &memory, "Resident bytes by part.")
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens").noconvert(), nb::arg("all_logits") = false,
            "Appends int32 tokens; returns float32 logits after the last, [vocab], or after each, [n, vocab].")
@@ -167,18 +193,19 @@ void bind_engine(nb::module_& m) {
            "Appends int32 tokens; returns the final residual of each, in front of the last norm, [n, dim].")
       .def("dense", &dense, nb::arg("hidden").noconvert(),
            "Logits of rows of hidden(), [n, vocab], by the whole head: the bits that forward() gives.")
+      .def("dense_rows", &dense_rows, nb::arg("hidden").noconvert(),
+           "The logits of dense() in the order of the head's rows, [n, rows]: see row_tokens.")
+      .def_prop_ro("row_tokens", [](nb::handle_t<Decoder> self) -> std::optional<Ids> {
+        const std::vector<uint32_t>& t = nb::cast<Decoder&>(self).row_tokens();
+        if (t.empty()) return std::nullopt;
+        return Ids(const_cast<uint32_t*>(t.data()), {t.size()}, self);
+      }, "Token of each row of the head, 2**32 - 1 for padding; None: in the order of ids. Read only.")
       .def("best", &best, nb::arg("hidden").noconvert(),
            "The likeliest token of rows of hidden(), [n]: the arg max of dense(), the lowest id of equals.")
-      .def("flash", &flash, nb::arg("hidden").noconvert(), nb::arg("probes"), nb::arg("more"), nb::arg("out"),
-           "Logits of one row of hidden(), [dim], by a FlashHead, into `out`; see Decoder::flash.");
-
-  nb::class_<SparseLogits>(m, "SparseLogits", "Logits of one position of which few are known; the others are -inf.")
-      .def(nb::init<uint32_t>(), nb::arg("vocab_size"))
-      .def_prop_ro("array", [](nb::handle_t<SparseLogits> self) {
-        SparseLogits& l = nb::cast<SparseLogits&>(self);
-        return Logits(l.logits.data(), {l.logits.size()}, self);
-      }, "[vocab_size], a view that the next flash() changes.")
-      .def_prop_ro("scored", [](const SparseLogits& l) { return l.scored.size(); }, "How many logits are known.");
+      .def("flash", &flash, nb::arg("hidden").noconvert(), nb::arg("probes"), nb::arg("keep"), nb::arg("more"),
+           "(ids, logits) of one row of hidden(), [dim], by a FlashHead; see Decoder::flash.")
+      .def("among", &among, nb::arg("hidden").noconvert(), nb::arg("ids"),
+           "(ids, logits) of the tokens `ids` alone, in no order: the bits of dense().");
 
   nb::class_<KvCache>(m, "Cache", "KV cache of one sequence.")
       .def(

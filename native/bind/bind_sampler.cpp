@@ -1,7 +1,9 @@
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <string>
 
 #include "bind.h"
@@ -21,6 +23,17 @@ const float* checked(const Sampler& s, const LogitArray& logits) {
     throw edgert::EngineError("expected " + std::to_string(s.vocab_size()) + " logits, found " +
                               std::to_string(logits.shape(0)));
   return logits.data();
+}
+
+using IdArray = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+uint32_t sample(Sampler& s, const LogitArray& logits, uint64_t position, const std::optional<IdArray>& ids) {
+  if (!ids) return s.sample({checked(s, logits), nullptr, s.vocab_size()}, position);
+  if (ids->shape(0) != logits.shape(0)) throw edgert::EngineError("there must be as many ids as logits");
+  for (size_t i = 0; i < ids->shape(0); i++)
+    if (ids->data()[i] >= s.vocab_size() && ids->data()[i] != edgert::kNoToken)
+      throw edgert::EngineError("token id " + std::to_string(ids->data()[i]) + " is outside the vocabulary");
+  return s.sample({logits.data(), ids->data(), uint32_t(ids->shape(0))}, position);
 }
 
 }  // namespace
@@ -43,12 +56,10 @@ void bind_sampler(nb::module_& m) {
            "tokens"_a, "Tokens of the prompt, for the repetition penalty.")
       .def("accept", &Sampler::accept, "token"_a, "A token of the reply, for all penalties.")
       .def("retract", &Sampler::retract, "Takes back the last token accepted.")
-      .def("sample",
-           [](Sampler& s, const LogitArray& logits, uint64_t position) {
-             return s.sample(checked(s, logits), position);
-           },
-           "logits"_a.noconvert(), "position"_a,
-           "The token at `position`; a function of seed, position, logits and the tokens observed and accepted.")
+      .def_prop_ro("order_free", &Sampler::order_free, "The order of the logits cannot change the token.")
+      .def("sample", &sample, "logits"_a.noconvert(), "position"_a, "ids"_a.noconvert().none() = nb::none(),
+           "The token at `position`; a function of seed, position, logits and the tokens observed and accepted.\n"
+           "With `ids` logits[i] is that of token ids[i], and there is no other token.")
       .def("logprobs",
            [](Sampler& s, const LogitArray& logits, uint32_t token, uint32_t top) {
              const double own = s.logprobs(checked(s, logits), token, top);
