@@ -9,6 +9,7 @@ the clusters is the largest logit in each, and a ridge regression fits that dire
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -20,22 +21,25 @@ Progress = Callable[[int], None]
 
 DIRECTIONS = 160  # of the metric: the rest adds time and no agreement
 POWER_STEPS = 6
-MERGED = 4  # clusters that may be taken together as one larger cluster
+UNIT = 16  # rows that every kernel reads together: the smallest cluster
+ROTATED = 32  # low-rank axes turned together: a block of the quantised types
 
 
 class Metric:
     """The second moment of ``states`` [n, dim], in the directions in which ``rows`` [vocab, dim] vary.
 
     With moment = R R^T, row . h = (row R) . (R^-1 h), and R^-1 h has the identity as second moment; the
-    leading principal axes of the rows R then lose least of all logits."""
+    leading principal axes of the rows R then lose least of all logits. Rows are taken without their
+    mean: it adds the same to every logit, and it would fill the first axis."""
 
     def __init__(self, rows: Matrix, states: Matrix) -> None:
         values, vectors = np.linalg.eigh((states.T @ states / len(states)).astype(np.float64))
         root = np.sqrt(np.maximum(values, values[-1] * 1e-9))
         image = (vectors * root).astype(np.float32)
+        self._mean = rows.mean(0)
         gram = np.zeros((rows.shape[1], rows.shape[1]))
         for part in _blocks(len(rows)):
-            y = rows[part] @ image
+            y = (rows[part] - self._mean) @ image
             gram += y.T @ y
         axes = np.linalg.eigh(gram)[1][:, ::-1]
         self._to_rows = np.asarray((vectors * root) @ axes, np.float32)  # [dim, dim]
@@ -43,18 +47,32 @@ class Metric:
 
     def points(self, rows: Matrix, k: int) -> Matrix:
         """``rows`` in the ``k`` leading axes, [vocab, k]."""
-        basis = self._to_rows[:, :k]
-        return np.concatenate([rows[part] @ basis for part in _blocks(len(rows))])
+        return self._in(rows, self._to_rows[:, :k])
 
-    def projection(self, k: int) -> Matrix:
-        """[k, dim]: points(rows, k) @ (projection(k) @ h) approximates rows @ h."""
-        return np.ascontiguousarray(self._to_states[:k])
+    def low_rank(self, rows: Matrix, k: int) -> tuple[Matrix, Matrix]:
+        """(points [vocab, k], projection [k, dim]): points @ (projection @ h) approximates rows @ h up to a
+        number that is the same for all rows. Each block of axes is turned so that its axes vary alike:
+        a block has one scale when it is quantised."""
+        turn = np.kron(np.eye(k // ROTATED, dtype=np.float32), _hadamard(ROTATED))
+        return self._in(rows, self._to_rows[:, :k] @ turn), turn.T @ self._to_states[:k]
+
+    def _in(self, rows: Matrix, basis: Matrix) -> Matrix:
+        return np.concatenate([(rows[part] - self._mean) @ basis for part in _blocks(len(rows))])
 
 
-def bisect(points: Matrix, size: int, rng: np.random.Generator, progress: Progress) -> Ids:
-    """The rows of ``points`` [n, k] in cluster order, [clusters * size]; -1 pads the last cluster."""
+def _hadamard(n: int) -> Matrix:
+    """The orthogonal matrix of entries +-1 / sqrt(n), n a power of 2."""
+    result = np.ones((1, 1), np.float32)
+    while len(result) < n:
+        result = np.block([[result, result], [result, -result]])
+    turned: Matrix = result / np.float32(np.sqrt(n))
+    return turned
+
+
+def bisect(points: Matrix, rng: np.random.Generator, progress: Progress) -> Ids:
+    """The rows of ``points`` [n, k] in the order of units, [units * UNIT]; -1 is padding."""
     n = len(points)
-    clusters = -(-n // size)
+    clusters = -(-n // UNIT)
     order = np.arange(n, dtype=np.int32)
     start = rng.standard_normal(points.shape[1], np.float32)
     todo = [(0, n, clusters)]
@@ -71,22 +89,24 @@ def bisect(points: Matrix, size: int, rng: np.random.Generator, progress: Progre
             axis = x.T @ (x @ axis)
             axis /= np.linalg.norm(axis) + 1e-30
         left = count // 2
-        cut = left * size
+        cut = left * UNIT
         order[lo:hi] = members[np.argpartition(x @ axis, cut - 1)]
         todo += [(lo, lo + cut, left), (lo + cut, hi, count - left)]
-    return np.concatenate([order, np.full(clusters * size - n, -1, np.int32)])
+    return np.concatenate([order, np.full(clusters * UNIT - n, -1, np.int32)])
 
 
-def cluster_logits(rows: Matrix, states: Matrix, tokens: Ids, size: int) -> Iterator[tuple[int, Matrix]]:
-    """(first cluster, logits [n, clusters, size]) block by block, multiples of :data:`MERGED` clusters but
-    for the last; padding is -inf."""
-    unit = size * MERGED
-    step = max(1, 2**25 // len(states) // unit) * unit  # 128 MB of logits at a time
+def cluster_logits(
+    rows: Matrix, states: Matrix, tokens: Ids, together: int = 1
+) -> Iterator[tuple[int, Matrix]]:
+    """(first unit, logits [n, units, UNIT]) block by block, each but the last of a multiple of
+    ``together`` units; padding is -inf."""
+    least = UNIT * together
+    step = max(1, 2**25 // len(states) // least) * least  # 128 MB of logits at a time
     for at in range(0, len(tokens), step):
         part = tokens[at : at + step]
         logits = states @ rows[np.maximum(part, 0)].T
         logits[:, part < 0] = -np.inf
-        yield at // size, logits.reshape(len(states), -1, size)
+        yield at // UNIT, logits.reshape(len(states), -1, UNIT)
 
 
 def merge(values: Matrix, factor: int) -> Matrix:
@@ -101,22 +121,21 @@ def fit_routers(
     rows: Matrix,
     states: Matrix,
     tokens: Ids,
-    size: int,
     factors: Sequence[int],
     ridge: float,
     progress: Progress,
 ) -> list[tuple[Matrix, Matrix]]:
-    """For each of ``factors`` (divisors of :data:`MERGED`), the routers [clusters, dim] and biases [clusters]
-    of clusters of ``factor * size`` tokens: what predicts the largest logit in a cluster from the state with
+    """For each of ``factors``, the routers [clusters, dim] and biases [clusters]
+    of clusters of ``factor`` units: what predicts the largest logit in a cluster from the state with
     the least squared error plus ``ridge`` (a share of the states' mean square) times the routers' squares."""
     mean = states.mean(0)
     x = states - mean
     gram = (x.T @ x).astype(np.float64)
     gram[np.diag_indices_from(gram)] += ridge * np.trace(gram) / len(gram)
-    counts = [-(-len(tokens) // (size * f)) for f in factors]
+    counts = [-(-len(tokens) // (UNIT * f)) for f in factors]
     products = [np.empty((x.shape[1], n), np.float32) for n in counts]
     means = [np.empty(n, np.float32) for n in counts]
-    for at, logits in cluster_logits(rows, states, tokens, size):
+    for at, logits in cluster_logits(rows, states, tokens, math.lcm(*factors)):
         maxima = logits.max(2)
         for f, product, target in zip(factors, products, means, strict=True):
             merged = merge(maxima, f)

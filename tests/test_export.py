@@ -16,7 +16,7 @@ from edgert.export.calibration_text import TEXTS, load_domains
 from edgert.export.clusters import Metric, bisect, fit_routers
 from edgert.export.flash_head import Request, export_flash_head
 from edgert.export.gguf_writer import OutputError, Tensor, write_gguf
-from edgert.export.head_quality import Ranking, find_truth
+from edgert.export.head_quality import MISSED, Ranking, find_truth
 from edgert.export.quantise import dequantise, q4_0, q4_0_for, q8_0
 from tiny_models import tiny
 
@@ -120,19 +120,19 @@ def grouped(vocab: int, dim: int, groups: int, seed: int = 0) -> tuple[np.ndarra
 @pytest.mark.parametrize("vocab", [512, 515, 1000, 17])
 def test_clusters_are_of_one_size_and_hold_every_token_once(vocab: int) -> None:
     points = matrix(vocab, 24)
-    tokens = bisect(points, 16, np.random.default_rng(0), nothing)
+    tokens = bisect(points, np.random.default_rng(0), nothing)
     assert len(tokens) == -(-vocab // 16) * 16
     assert sorted(tokens[tokens >= 0].tolist()) == list(range(vocab))
     assert (tokens[: vocab - vocab % 16] >= 0).all()  # padding is in the last cluster
-    np.testing.assert_array_equal(tokens, bisect(points, 16, np.random.default_rng(0), nothing))
+    np.testing.assert_array_equal(tokens, bisect(points, np.random.default_rng(0), nothing))
 
 
 def test_fitted_routers_find_more_than_means_and_clusters_more_than_chance() -> None:
     rows, states = grouped(1003, 48, 30)
     fit, held = states[:1000], states[1000:]
     metric = Metric(rows, fit)
-    tokens = bisect(metric.points(rows, 40), 16, np.random.default_rng(0), nothing)
-    truth = find_truth(rows, tokens, 16, {"one": held[:200], "two": held[200:]}, nothing)
+    tokens = bisect(metric.points(rows, 40), np.random.default_rng(0), nothing)
+    truth = find_truth(rows, tokens, {"one": held[:200], "two": held[200:]}, nothing)
     logits = held @ rows.T
     where = np.empty(len(rows), int)
     where[tokens[tokens >= 0]] = np.flatnonzero(tokens >= 0) // 16
@@ -141,29 +141,52 @@ def test_fitted_routers_find_more_than_means_and_clusters_more_than_chance() -> 
     np.testing.assert_allclose(truth.mass.sum(1), 1, rtol=1e-4)
 
     means = np.stack([rows[c[c >= 0]].mean(0) for c in tokens.reshape(-1, 16)])
-    (routers, bias), _ = fit_routers(rows, fit, tokens, 16, (1, 2), 1e-3, nothing)
-    by_fit, by_mean = Ranking(truth, held @ routers.T + bias), Ranking(truth, held @ means.T)
-    agreement = [r.quality([4])["all"]["4"]["agreement"] for r in (by_fit, by_mean)]
+    (routers, bias), _ = fit_routers(rows, fit, tokens, (1, 2), 1e-3, nothing)
+    by_fit = Ranking(truth, held @ routers.T + bias, None, 1)
+    by_mean = Ranking(truth, held @ means.T, None, 1)
+    agreement = [r.quality([(4, 0)])["all"]["4"]["agreement"] for r in (by_fit, by_mean)]
     assert agreement[0] > agreement[1] > 4 * 4 / len(means)
     # The number of clusters asked for a target reaches it in every domain, and one fewer does not.
-    probes = by_fit.probes_for({}, 0.97)
-    quality = by_fit.quality([probes, probes - 1])
+    probes = by_fit.needed(by_fit.ranks(0), {}, 0.97)
+    assert probes
+    quality = by_fit.quality([(probes, 0), (probes - 1, 0)])
     assert all(quality[name][str(probes)]["agreement"] >= 0.97 for name in ("one", "two"))
     assert any(quality[name][str(probes - 1)]["agreement"] < 0.97 for name in ("one", "two"))
-    everything = by_fit.quality([len(means)])["all"][str(len(means))]
+    everything = by_fit.quality([(len(means), 0)])["all"][str(len(means))]
     assert everything["agreement"] == 1 and everything["regret"] == 0
     assert everything["mass"] == pytest.approx(1, abs=1e-3)
+
+
+def test_two_stages_rank_by_the_second_what_the_first_leaves() -> None:
+    rows, states = grouped(1003, 48, 30)
+    tokens = bisect(Metric(rows, states).points(rows, 40), np.random.default_rng(0), nothing)
+    truth = find_truth(rows, tokens, {"all of it": states[:300]}, nothing)
+    rng = np.random.default_rng(1)
+    units = truth.maxima + rng.standard_normal(truth.maxima.shape).astype(np.float32)
+    clusters = np.stack([truth.maxima[:, at : at + 2].max(1) for at in range(0, truth.maxima.shape[1], 2)], 1)
+    clusters += 2 * rng.standard_normal(clusters.shape).astype(np.float32)
+    both = Ranking(truth, clusters, units, 2)
+    ranks = both.ranks(5)
+    for i, own in enumerate(truth.top[:, 0]):
+        probed = np.argsort(-clusters[i])[:5]
+        members = [u for c in probed for u in (2 * c, 2 * c + 1) if u < units.shape[1]]
+        expected = sum(units[i, u] > units[i, own] for u in members) if own in members else MISSED
+        assert ranks[i] == expected
+    quality = both.quality([(5, 3)])["all of it"]["5"]
+    assert quality["agreement"] == pytest.approx((ranks < 3).mean(), abs=1e-6)
+    assert both.needed(ranks, {}, 1.0) is None or (ranks != MISSED).all()
 
 
 def test_low_rank_rows_approximate_the_logits() -> None:
     rows, states = grouped(400, 64, 12)
     metric = Metric(rows, states)
-    exact = states @ rows.T
+    exact = states @ (rows - rows.mean(0)).T
     errors = []
-    for rank in (16, 32, 64):
-        low = (states @ metric.projection(rank).T) @ metric.points(rows, rank).T
-        errors.append(float(np.square(low - exact).mean() / np.square(exact).mean()))
-    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-6 and errors[1] < 0.2
+    for rank in (32, 64):
+        low, projection = metric.low_rank(rows, rank)
+        scores = (states @ projection.T) @ low.T
+        errors.append(float(np.square(scores - exact).mean() / np.square(exact).mean()))
+    assert errors[0] > errors[1] and errors[1] < 1e-6 and errors[0] < 0.2
 
 
 def test_every_domain_has_text_to_fit_and_text_held_out() -> None:
@@ -191,16 +214,26 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("more", [{}, {"cluster_size": 32}, {"rank": 32}, {"probes": 3, "cluster_size": 16}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"cluster_size": 48},
+        {"rank": 32},
+        {"rank": 32, "cluster_size": 32},
+        {"probes": 3, "cluster_size": 16},
+    ],
+)
 def test_an_export_is_found_and_used(base: Path, more: dict[str, Any]) -> None:
     lines: list[str] = []
     done = export_flash_head(base, Request(agreement=0.9, **more), None, lines.append, steps)
-    assert done.path == sidecar_path(base) and len(lines) == len(done.tried) >= 1
+    assert done.path == sidecar_path(base) and len(lines) == len(done.tried) + 1 >= 2
     sidecar = Sidecar(done.path, base)
     assert sidecar.quality == json.loads(json.dumps(done.quality))
-    assert sidecar.probes == done.quality["probes"] == more.get("probes", sidecar.probes)
+    assert done.quality["probes"] == (sidecar.probes or sidecar.keep)
+    assert sidecar.probes == more.get("probes", sidecar.probes)
     assert sidecar.cluster_size == more.get("cluster_size", sidecar.cluster_size)
-    assert sidecar.recipe == ("lowrank" if "rank" in more else sidecar.recipe)
+    assert "rank" not in more or "lowrank" in sidecar.recipe
     with (
         edgert.load(base) as flash,
         edgert.load(base, head="exact") as exact,

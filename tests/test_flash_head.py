@@ -3,6 +3,7 @@ dense head gives, that exact gives dense's tokens, and that a wrong sidecar is r
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -198,7 +199,7 @@ def test_constrained_ids(base: Path, head: str, options: dict[str, Any]) -> None
             return [t for t in allowed if not tokens or t > tokens[-1]] or allowed[:1]
 
         steps = model.generate([1, 2, 3], max_tokens=len(allowed), allowed=rising, **options).tokens
-        assert all(a < b or b == allowed[0] for a, b in zip(steps, steps[1:], strict=False))
+        assert all(a < b or b == allowed[0] for a, b in itertools.pairwise(steps))
         for wrong in ([], [-1], [dense.vocab_size], 7, ["x"], lambda tokens: []):
             with pytest.raises(UsageError, match="allowed"):
                 model.generate([1, 2, 3], max_tokens=2, allowed=wrong)
