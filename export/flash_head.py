@@ -233,6 +233,8 @@ class _Head:
                 needed = self._needed(Ranking(truth, None, units, 1), 0)
                 recipes.append(self._recipe(low, 1, 0, _more(needed or len(self.tokens) // UNIT)))
             for factor, tensors in routers:
+                if tensors[0].type != "Q4_0":
+                    continue  # for a first sieve four bits are enough
                 ranking = Ranking(truth, _cluster_scores(tensors, states), units, factor)
                 recipes += self._both(tensors, low, ranking, factor)
         if not recipes:
@@ -284,7 +286,7 @@ class _Head:
         """Two stages: the routers' clusters, more of them than alone, by the low-rank rows."""
         alone = ranking.needed(ranking.cluster_ranks(), self._targets(), self._other())
         found = []
-        for more in (1.0, 1.25, 1.6, 2.2):
+        for more in (1.0, 1.6):
             probes = self._probes(routers, int((alone or 1) * more))
             if keep := self._needed(ranking, probes):
                 found.append(self._recipe([*routers, *low], factor, probes, _more(keep)))
@@ -351,8 +353,8 @@ def _cluster_scores(tensors: list[Tensor], states: Matrix) -> Matrix:
 
 
 def _more(needed: int) -> int:
-    """A tenth more: the held-out text is a sample."""
-    return -(-needed * 11 // 10)
+    """Half more: the held-out text is a sample, and other text of the same kind misses more."""
+    return -(-needed * 3 // 2)
 
 
 def _agreements(quality: dict[str, Any], recipe: Recipe) -> str:

@@ -20,7 +20,7 @@ VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULE
     "run": "answer one prompt",
     "chat": "talk with a model",
     "pull": "fetch a model into the cache, or list those known by name",
-    "export": "make a model's sidecar: its clustered vocabulary head",
+    "export": "make a model's sidecar (its clustered vocabulary head), or a GGUF of a Hugging Face directory",
     "bench": "measure a model's speed and memory, beside other engines",
     "eval": "measure how often a FlashHead gives the dense head's tokens",
     "info": "say what a model file is",

@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from edgert import hub
     from edgert.cli.progress import Bar
+    from edgert.locate import model_path
 
-    facts = describe(str(hub.resolve(args.model, Bar())))
+    facts = describe(str(model_path(args.model, Bar)))
     if args.json:
         import json
 
