@@ -53,8 +53,8 @@ class ExactHead:
             states.append(session.hidden(token))
             if i + 1 == min(self._length, limit) or cancelled():
                 break
-            ids, logits = session.flash(states[i], self._more)
-            token = sampler.sample(logits, position + i, ids)
+            scored, values = session.flash(states[i], self._more)
+            token = sampler.sample(values, position + i, scored)
             self._drafts += 1
             if token in ends:
                 break

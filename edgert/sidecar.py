@@ -15,8 +15,8 @@
     edgert.head.quality         string, JSON: what was measured on held-out text
 
 and its tensors are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], for "lowrank"
-``head.projection`` [rank, dim] with ``head.rows`` [rows, rank], and for both all four; ``FlashHead`` in ``native/decoder.h`` says
-what they mean, and ``native/weights.cpp`` checks them.
+``head.projection`` [rank, dim] with ``head.rows`` [rows, rank], and for both all four;
+``FlashHead`` in ``native/decoder.h`` says what they mean, and ``native/weights.cpp`` checks them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Sidecar:
                 raise self._refuse("edgert.head.recipe", f"the tensors are not those of {self.recipe}")
 
     def budget(self, probes: int = 0) -> tuple[int, int]:
-        """(clusters probed, units kept) when ``probes`` are asked for (0: as the sidecar says). The units kept
+        """(clusters probed, units kept) when ``probes`` are asked for (0: as the sidecar says). Units kept
         change with the clusters probed; without routers they are what ``probes`` counts."""
         if not probes:
             return self.probes, self.keep
