@@ -83,8 +83,8 @@ def _along(engine: NativeEngine, ids: list[int]) -> dict[str, Any]:
         for i, state in enumerate(states):
             dense: Row = model.dense(state[None])[0]
             flash: Row = np.full(len(dense), -np.inf, np.float32)
-            scored, logits = model.flash(state, engine.probes, engine.keep, [])
-            flash[scored] = logits
+            sieved, logits = model.flash(state, engine.probes, engine.keep, [])
+            flash[sieved] = logits
             top = int(dense.argmax())
             same.append(int(flash.argmax()) == top)
             best = np.argpartition(dense, -TOP)[-TOP:]
