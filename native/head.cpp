@@ -230,6 +230,7 @@ struct Decoder::Head {
     uint32_t b, e;
     while (w.claim(candidates, b, e))
       for (uint32_t i = b; i < e; ++i) {
+        if (i + 1 < e) prefetch(f.low.tile(me.units[i + 1] * per));
         float best = -INFINITY;
         for (uint32_t t = me.units[i] * per; t < (me.units[i] + 1) * per; ++t) {
           multiply(f.low, t, q, sc.low, 1, me.tile, lanes);
@@ -274,17 +275,18 @@ struct Decoder::Head {
     score_units();
   }
 
+  // Units lie anywhere: the first lines of the next are on their way while one is read.
+  static void prefetch(const uint8_t* next) {
+    for (size_t at = 0; at < 2048; at += 64) __builtin_prefetch(next + at, 0, 2);
+  }
+
   // Tokens and logits of me.units to sc.ids and sc.logits.
   void score_units() {
     const uint32_t per = FlashHead::kUnit / lanes;
     uint32_t b, e;
     while (w.claim(uint32_t(me.units.size()), b, e))
       for (uint32_t i = b; i < e; ++i) {
-        // Units lie anywhere: the first lines of the next are on their way while this one is read.
-        if (i + 1 < e) {
-          const uint8_t* next = m.tile(me.units[i + 1] * per);
-          for (size_t at = 0; at < 1024; at += 64) __builtin_prefetch(next + at, 0, 2);
-        }
+        if (i + 1 < e) prefetch(m.tile(me.units[i + 1] * per));
         for (uint32_t j = 0; j < per; ++j) {
           const uint32_t t = me.units[i] * per + j, first = t * lanes;
           const size_t to = size_t(i) * FlashHead::kUnit + j * lanes;

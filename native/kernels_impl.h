@@ -192,16 +192,20 @@ void quantize(const float* x, const QuantActs& out) {
       const float amax = vf_hmax(m);
       // Below this the inverse overflows; such a block is zero at the precision of anything it meets.
       const float inv = amax > 1e-30f ? 127.0f / amax : 0.0f;
-      const float scale = amax > 1e-30f ? amax / 127.0f : 0.0f;
+      const float of_codes = amax > 1e-30f ? amax / 127.0f : 0.0f;
       const QuantActs row = out.row(p);
       VF half[2] = {vf_zero(), vf_zero()};  // sums of codes: whole numbers, so exact in any order
       unroll<V>([&](auto i) {
         const VF code = vf_round(vf_mul_set1(v[i], inv));
         vf_store_i8(row.q + b * 32 + i * L, code);
         half[i / (V / 2)] = vf_add(half[i / (V / 2)], code);
-        v[i] = vf_fma(code, vf_set1(-scale), v[i]);
+        v[i] = vf_fma(code, vf_set1(-of_codes), v[i]);
       });
-      const int32_t lo = int32_t(vf_hsum(half[0])), hi = int32_t(vf_hsum(half[1]));
+      // What is no number stays none: a block with infinity or NaN in it gets NaN for a scale.
+      const float sums[2] = {vf_hsum(half[0]), vf_hsum(half[1])};
+      const bool finite = std::abs(sums[0]) <= 16 * 127 && std::abs(sums[1]) <= 16 * 127;
+      const int32_t lo = finite ? int32_t(sums[0]) : 0, hi = finite ? int32_t(sums[1]) : 0;
+      const float scale = finite ? of_codes : NAN;
       row.scale[b] = scale;
       row.sum16[2 * b] = lo;
       row.sum16[2 * b + 1] = hi;

@@ -78,7 +78,7 @@ inline VF vf_from_low_nibbles(const uint8_t* p) { return each([=](int i) { retur
 inline VF vf_from_high_nibbles(const uint8_t* p) { return each([=](int i) { return float(p[i] >> 4); }); }
 inline VF vf_from_vi(VI a) { return each([&](int i) { return float(a.v[i]); }); }
 inline void vf_store_i8(int8_t* p, VF a) {
-  for (int i = 0; i < L; ++i) p[i] = int8_t(std::nearbyint(a.v[i]));
+  for (int i = 0; i < L; ++i) p[i] = std::fabs(a.v[i]) <= 127 ? int8_t(a.v[i]) : int8_t(0);  // 0 for NaN too
 }
 inline VI vi_sub_set1(VI a, int32_t b) {
   for (int i = 0; i < L; ++i) a.v[i] -= b;
