@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,15 +16,26 @@ from edgert import hub
 
 def real_model(name: str) -> Path:
     """The file of a catalogue model: from the directory EDGERT_MODELS, else from edgert's cache, fetched
-    into it when it is not there yet. Call it as a helper or take the fixture of the same name."""
+    into it when it is not there yet. Call it as a helper or take the fixture of the same name. What is
+    returned is a link without neighbours: a sidecar beside the model must not decide what a test sees."""
     entry = find(name)
     assert entry is not None, f"{name} is not in the catalogue"
     directory = os.environ.get("EDGERT_MODELS")
     if directory:
         path = Path(directory) / entry.file
         if path.exists():
-            return path
-    return hub.resolve(name)
+            return _alone(path)
+    return _alone(hub.resolve(name))
+
+
+_LINKS = tempfile.TemporaryDirectory(prefix="edgert-models-")
+
+
+@functools.cache
+def _alone(path: Path) -> Path:
+    link = Path(_LINKS.name) / path.name
+    link.symlink_to(path.absolute())
+    return link
 
 
 @pytest.fixture(scope="session", name="real_model")
