@@ -239,6 +239,49 @@ class Model:
         (ids, logits) of the tokens `ids` alone, in no order: the bits of dense().
         """
 
+class Sizes:
+    """What a model will take in memory, from the headers of its files alone."""
+
+    def __init__(
+        self,
+        file: GgufFile,
+        spec: dict[str, Any],
+        threads: int,
+        sidecar: GgufFile | None = None,
+        lanes: int = 0,
+    ) -> None:
+        """
+        `lanes`: floats of a vector at the ISA level meant, 8 or 16; 0: the one that would run here.
+        """
+
+    def weights(self) -> dict[str, int]:
+        """Bytes of packed weights by part."""
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the buffer that holds them all."""
+
+    @property
+    def step_weight_bytes(self) -> int: ...
+    @property
+    def step_body_bytes(self) -> int: ...
+    def flash_bytes(self, probes: int, keep: int) -> int: ...
+    def activations(self, length: int, head: str, probes: int, keep: int) -> int:
+        """
+        Bytes of the buffers of a pass and of the head (dense, flash or exact) after `length` positions.
+        """
+
+    def kv(self, context: int, length: int) -> int:
+        """Bytes of a cache of at most `context` positions that holds `length`."""
+
+    def kv_step(self, context: int, length: int) -> int:
+        """Bytes that a step reads of it."""
+
+def allocated() -> dict[str, int]:
+    """
+    Bytes of the core's large buffers in this process, by what they are for.
+    """
+
 class Cache:
     """KV cache of one sequence."""
 

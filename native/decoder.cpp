@@ -22,14 +22,19 @@ uint32_t usable_cpus() {
 
 }  // namespace
 
-Decoder::Decoder(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const GgufFile* sidecar)
-    : spec_(spec), kernels_(kernels_for(isa_select())), pool_(threads ? threads : usable_cpus()) {
+void check_head_dim(const ModelSpec& spec) {
   if (spec.head_dim == 0 || spec.head_dim % 16 != 0 || spec.head_dim > kMaxHeadDim)
     throw UnsupportedModelError("attention heads of " + std::to_string(spec.head_dim) +
                                 " channels: the native engine takes multiples of 16 up to 256");
+}
+
+Decoder::Decoder(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const GgufFile* sidecar)
+    : spec_(spec), kernels_(kernels_for(isa_select())), pool_(threads ? threads : usable_cpus()) {
+  check_head_dim(spec);
   weights_ = load_weights(file, spec, sidecar, kernels_, pool_);
 
   scratch_ = std::make_unique<Scratch>(spec, weights_, pool_.threads());
+  scratch_->allocate(spec, weights_);
   for (const LayerSpec& l : scratch_->ropes) {
     std::vector<float>& f = scratch_->inv_freq.emplace_back();
     for (uint32_t p = 0; p < spec.rope_dims / 2; ++p) {
@@ -45,24 +50,22 @@ size_t Decoder::activation_bytes() const {
   return scratch_->bytes() + row_norms_.capacity() * sizeof(float);
 }
 
-size_t Decoder::step_weight_bytes() const {
-  const size_t head = spec_.tied_head ? weights_.embedding_bytes : weights_.head_bytes;
-  return weights_.body_bytes + head;
+size_t Weights::flash_units(uint32_t probes, uint32_t keep) const {
+  const FlashHead& f = flash;
+  const size_t units = f.token.size() / FlashHead::kUnit;
+  const size_t most = f.low.rows ? keep : size_t(probes) * (f.cluster_size / FlashHead::kUnit);
+  return std::min(units, std::min(units, most) + f.special.size());
 }
 
-size_t Decoder::flash_bytes(uint32_t probes, uint32_t keep) const {
-  const FlashHead& f = weights_.flash;
+size_t Weights::flash_bytes(uint32_t probes, uint32_t keep) const {
+  const FlashHead& f = flash;
   const size_t low = f.low.rows ? size_t(f.low.tiles()) * f.low.stride : 0;
   const size_t units = f.token.size() / FlashHead::kUnit;
-  size_t read = f.bytes - low, left = units;
-  if (f.routers.rows) left = std::min<size_t>(units, size_t(probes) * (f.cluster_size / FlashHead::kUnit));
-  if (f.low.rows) {
-    read += low / units * left;
-    left = std::min<size_t>(left, keep);
-  }
-  const PackedMatrix& m = weights_.head;
-  const size_t tiles = (left + f.special.size()) * (FlashHead::kUnit / m.tile_rows);
-  return read + tiles * packed_tile_bytes(m.type, m.cols, m.tile_rows);
+  size_t read = f.bytes - low, sieved = units;
+  if (f.routers.rows) sieved = std::min<size_t>(units, size_t(probes) * (f.cluster_size / FlashHead::kUnit));
+  if (f.low.rows) read += low / units * sieved;
+  const size_t tiles = flash_units(probes, keep) * (FlashHead::kUnit / head.tile_rows);
+  return read + tiles * packed_tile_bytes(head.type, head.cols, head.tile_rows);
 }
 
 }  // namespace edgert

@@ -44,6 +44,7 @@ struct FlashHead {
   PackedMatrix projection;      // [rank][dim]; no rows without this stage
   PackedMatrix low;             // [clusters * cluster_size][rank]
   size_t bytes = 0;             // of the tensors above
+  size_t table_bytes() const { return sizeof(uint32_t) * (token.size() + row.size()); }
 };
 
 struct Weights {
@@ -55,12 +56,27 @@ struct Weights {
   std::vector<LayerWeights> layers;
   Arena arena;
   size_t body_bytes = 0, embedding_bytes = 0, head_bytes = 0;  // packed, head 0 when tied
+
+  // Bytes one decode step reads with the dense head.
+  size_t step_bytes() const { return body_bytes + (head_bytes ? head_bytes : embedding_bytes); }
+  // Units of the head that Decoder::flash() scores at most, beside those asked for by `more`; and bytes
+  // it reads.
+  size_t flash_units(uint32_t probes, uint32_t keep) const;
+  size_t flash_bytes(uint32_t probes, uint32_t keep) const;
 };
+
+// Shapes and sizes of what load_weights() would make, from the headers alone: its matrices have no
+// data. `arena_bytes` is what their arena would hold. Throws as load_weights() does.
+Weights plan_weights(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, uint32_t lanes,
+                     size_t& arena_bytes);
 
 // Reads and packs every tensor the spec names, and those of the sidecar if there is one. Throws
 // ModelFileError, UnsupportedModelError, EngineError.
 Weights load_weights(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, const Kernels& kernels,
                      Pool& pool);
+
+// Throws UnsupportedModelError for heads the kernels are not made for.
+void check_head_dim(const ModelSpec& spec);
 
 struct Scratch;
 
@@ -76,11 +92,6 @@ class Decoder {
   uint32_t threads() const { return pool_.threads(); }
   Isa isa() const { return kernels_.isa; }
   size_t activation_bytes() const;
-  // Bytes of weights one decode step reads with the dense head, and without any head.
-  size_t step_weight_bytes() const;
-  size_t step_body_bytes() const { return weights_.body_bytes; }
-  // Bytes that flash() reads.
-  size_t flash_bytes(uint32_t probes, uint32_t keep) const;
 
   enum class Want { None, Last, All, Hidden };
   // Appends n tokens to the cache. `out` receives vocab logits for the last token or for each, or the

@@ -461,8 +461,7 @@ void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want wa
                                    " tokens, the context holds " + std::to_string(cache.context()) +
                                    ": shorten the prompt or load with a larger context");
   cache.reserve(cache.length() + n);
-  const uint32_t chunks = (cache.length() + n + kChunkTokens - 1) / kChunkTokens;
-  scratch_->partial.resize(std::max<size_t>(scratch_->partial.size(), size_t(chunks) * spec_.n_heads * (spec_.head_dim + 2)));
+  grow(scratch_->partial, Scratch::partial_floats(spec_, cache.length() + n));
   for (uint32_t done = 0; done < n;) {
     const uint32_t count = std::min(n - done, kMaxChunk), start = cache.length();
     const Want now = want == Want::Last && done + count < n ? Want::None : want;

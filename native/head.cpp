@@ -305,7 +305,7 @@ void Decoder::score(const float* hidden, uint32_t n, float* logits) {
   const size_t rows = weights_.head.rows, vocab = spec_.vocab_size;
   const bool in_order = weights_.flash.token.empty();
   std::vector<float>& by_row = scratch_->by_row;
-  if (const size_t need = in_order ? 0 : std::min(n, kHeadTokens) * rows; by_row.size() < need) by_row.resize(need);
+  if (!in_order) grow(by_row, std::min(n, kHeadTokens) * rows);
   for (uint32_t i = 0; i < n; i += kHeadTokens) {
     const uint32_t count = std::min(kHeadTokens, n - i);
     float* out = logits + i * vocab;
@@ -366,10 +366,7 @@ void Decoder::flash(const float* hidden, uint32_t probes, uint32_t keep, const s
   if (f.low.rows && keep == 0) throw EngineError("a FlashHead keeps at least 1 unit, not 0");
   check_ids(more);
   const std::lock_guard lock(turn_);
-  const size_t units = f.token.size() / FlashHead::kUnit, per = f.cluster_size / FlashHead::kUnit;
-  size_t most = f.low.rows ? keep : size_t(probes) * per;
-  most = std::min(units, std::min(most, units) + f.special.size() + more.size());
-  reserve_units(most);
+  reserve_units(std::min(f.token.size() / FlashHead::kUnit, weights_.flash_units(probes, keep) + more.size()));
   pool_.run([&](Pool::Worker& w) { Head{*this, w}.flash(hidden, probes, keep, more); });
   take_scored(out);
 }
@@ -395,9 +392,8 @@ void Decoder::among(const float* hidden, const std::vector<uint32_t>& ids, Score
 
 void Decoder::reserve_units(size_t units) {
   const size_t rows = units * FlashHead::kUnit;
-  if (scratch_->ids.size() >= rows) return;
-  scratch_->ids.resize(rows);
-  scratch_->logits.resize(rows);
+  grow(scratch_->ids, rows);
+  grow(scratch_->logits, rows);
 }
 
 void Decoder::take_scored(Scored& out) const {

@@ -52,6 +52,17 @@ size_t KvCache::bytes() const {
   return n;
 }
 
+size_t KvCache::bytes_at(uint32_t length) const {
+  size_t n = conv_buffer_.bytes();
+  for (const Class& c : classes_) {
+    const size_t of_slab = pieces_of_slab(c), slabs = (pieces_needed(c, length) + of_slab - 1) / of_slab;
+    n += slabs * Buffer::rounded(of_slab * c.piece_bytes);
+  }
+  return n;
+}
+
+size_t KvCache::pieces_of_slab(const Class& c) { return std::max<size_t>(1, kSlab / c.piece_bytes); }
+
 size_t KvCache::pieces_needed(const Class& c, uint32_t length) const {
   return c.ring ? std::min(chunks(length), c.ring) : chunks(length);
 }
@@ -59,7 +70,7 @@ size_t KvCache::pieces_needed(const Class& c, uint32_t length) const {
 void KvCache::grow(Class& c, size_t pieces) {
   while (c.pieces.size() < pieces) {
     if (c.slabs.empty() || c.slab_used + c.piece_bytes > c.slabs.back().bytes()) {
-      c.slabs.emplace_back(std::max(kSlab, c.piece_bytes), "the KV cache");
+      c.slabs.emplace_back(pieces_of_slab(c) * c.piece_bytes, "the KV cache");
       c.slab_used = 0;
     }
     c.pieces.push_back(c.slabs.back().data() + c.slab_used);
@@ -95,10 +106,10 @@ uint32_t KvCache::rewind(uint32_t length) {
   return length_;
 }
 
-size_t KvCache::step_bytes() const {
+size_t KvCache::step_bytes_at(uint32_t length) const {
   size_t n = 0;
   for (const Class& c : classes_) {
-    const uint32_t seen = c.window ? std::min(c.window, length_) : length_;
+    const uint32_t seen = c.window ? std::min(c.window, length) : length;
     n += c.piece_bytes / kChunkTokens * seen;
   }
   return n;

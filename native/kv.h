@@ -33,6 +33,8 @@ class KvCache {
   uint32_t length() const { return length_; }
   uint32_t context() const { return context_; }
   size_t bytes() const;
+  // What bytes() will be with room for `length` positions.
+  size_t bytes_at(uint32_t length) const;
 
   // Makes room for positions up to `length`. Throws EngineError past the context or out of memory;
   // the cache is unchanged then.
@@ -59,8 +61,9 @@ class KvCache {
     return conv_ + (size_t(places_[layer].offset) * kConvRing + position % kConvRing) * dim_;
   }
 
-  // Bytes of keys and values a decode step at the present length reads.
-  size_t step_bytes() const;
+  // Bytes of keys and values a decode step reads at the present length, and at `length`.
+  size_t step_bytes() const { return step_bytes_at(length_); }
+  size_t step_bytes_at(uint32_t length) const;
 
   std::string save() const;             // checked by load()
   void load(const std::string& state);  // throws EngineError when it is not this cache's shape
@@ -80,6 +83,7 @@ class KvCache {
     bool conv = false;
     uint32_t kv_heads = 0;
   };
+  static size_t pieces_of_slab(const Class& c);
   void grow(Class& c, size_t pieces);
   size_t pieces_needed(const Class& c, uint32_t length) const;
   // Calls f(pointer, bytes) for the used parts of the class's pieces when `length` is the highest position.

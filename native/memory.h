@@ -3,6 +3,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <string>
 #include <utility>
 
 namespace edgert {
@@ -12,11 +14,15 @@ class Buffer {
   Buffer() = default;
   // Throws EngineError naming `what` when the OS refuses.
   Buffer(size_t bytes, const char* what);
+  // What a buffer of `bytes` takes from the OS.
+  static size_t rounded(size_t bytes);
   ~Buffer();
-  Buffer(Buffer&& o) noexcept : data_(std::exchange(o.data_, nullptr)), bytes_(std::exchange(o.bytes_, 0)) {}
+  Buffer(Buffer&& o) noexcept
+      : data_(std::exchange(o.data_, nullptr)), bytes_(std::exchange(o.bytes_, 0)), what_(o.what_) {}
   Buffer& operator=(Buffer&& o) noexcept {
     std::swap(data_, o.data_);
     std::swap(bytes_, o.bytes_);
+    std::swap(what_, o.what_);
     return *this;
   }
   uint8_t* data() const { return data_; }
@@ -25,7 +31,11 @@ class Buffer {
  private:
   uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
+  const char* what_ = "";
 };
+
+// Bytes of all living buffers by what they are for.
+std::map<std::string, size_t> allocated();
 
 // Hands out 64-byte aligned parts of one Buffer. A default-made Arena hands out nothing and counts:
 // the same code first measures and then takes.

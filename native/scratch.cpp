@@ -17,6 +17,8 @@ QuantActs take_quant(Arena& a, size_t values) {
   return q;
 }
 
+size_t head_units(const Weights& weights) { return (weights.head.rows + FlashHead::kUnit - 1) / FlashHead::kUnit; }
+
 }  // namespace
 
 Scratch::Scratch(const ModelSpec& spec, const Weights& weights, uint32_t thread_count) {
@@ -36,12 +38,27 @@ Scratch::Scratch(const ModelSpec& spec, const Weights& weights, uint32_t thread_
   ffn = padded(std::max(spec.ffn_dim, conv_layers ? 3 * spec.dim : 0));
   widest = padded(std::max({spec.dim, q_cols, spec.ffn_dim}));
   threads.resize(thread_count);
+}
+
+size_t Scratch::arena_bytes(const ModelSpec& spec, const Weights& weights) {
   Arena measure;
   lay_out(measure, spec, weights);
-  arena_ = Arena(measure.used(), "the activations");
+  return measure.used();
+}
+
+size_t Scratch::list_bytes(const Weights& weights) const {
+  return threads.size() * head_units(weights) * (sizeof(uint8_t) + 2 * sizeof(uint32_t));
+}
+
+size_t Scratch::partial_floats(const ModelSpec& spec, uint32_t length) {
+  return size_t((length + kChunkTokens - 1) / kChunkTokens) * spec.n_heads * (spec.head_dim + 2);
+}
+
+void Scratch::allocate(const ModelSpec& spec, const Weights& weights) {
+  arena_ = Arena(arena_bytes(spec, weights), "the activations");
   lay_out(arena_, spec, weights);
   for (Private& p : threads) {
-    p.taken.resize((weights.head.rows + FlashHead::kUnit - 1) / FlashHead::kUnit);
+    p.taken.resize(head_units(weights));
     p.chosen.reserve(p.taken.size());
     p.units.reserve(p.taken.size());
   }

@@ -15,6 +15,14 @@ inline constexpr uint32_t kHeadTokens = 16;  // most tokens whose logits are com
 inline constexpr uint32_t kRowsAtOnce = 48;  // query rows of one prefill attention item
 inline constexpr uint32_t kMaxHeadDim = 256;
 
+// At least n elements, and no spare ones: what a model takes is known before it is taken.
+template <class T>
+void grow(std::vector<T>& v, size_t n) {
+  if (v.size() >= n) return;
+  v.reserve(n);
+  v.resize(n);
+}
+
 // Row strides are whole tiles of any ISA level.
 inline uint32_t padded(uint32_t n) { return (n + 15) / 16 * 16; }
 
@@ -27,7 +35,14 @@ struct Input {
 // "Shared" buffers hold all tokens of a chunk. Each thread also has a private set for one token: a
 // decode step repeats the cheap parts on every thread instead of meeting at a barrier for them.
 struct Scratch {
+  // Shapes only; allocate() makes the buffers.
   Scratch(const ModelSpec& spec, const Weights& weights, uint32_t threads);
+  void allocate(const ModelSpec& spec, const Weights& weights);
+  // What allocate() would take, in `arena` and in the vectors of the threads.
+  size_t arena_bytes(const ModelSpec& spec, const Weights& weights);
+  size_t list_bytes(const Weights& weights) const;
+  // Floats of `partial` for a sequence of `length`.
+  static size_t partial_floats(const ModelSpec& spec, uint32_t length);
 
   struct Likely {
     float logit;
@@ -79,7 +94,10 @@ struct Scratch {
   std::vector<float> logits;
 
   size_t bytes() const {
-    return arena_.bytes() + (partial.capacity() + by_row.capacity() + ids.capacity() + logits.capacity()) * sizeof(float);
+    size_t n = (partial.capacity() + by_row.capacity() + ids.capacity() + logits.capacity()) * sizeof(float);
+    for (const Private& p : threads)
+      n += p.taken.capacity() + (p.chosen.capacity() + p.units.capacity()) * sizeof(uint32_t);
+    return arena_.bytes() + n;
   }
 
  private:

@@ -21,17 +21,24 @@ std::string shape_text(const std::vector<uint64_t>& dims) {
 // Walks the tensors of the spec twice: first to size the arena, then to fill it.
 class Loader {
  public:
-  Loader(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, const Kernels& kernels, Pool& pool)
-      : file_(file), spec_(spec), sidecar_(sidecar), lanes_(kernels.lanes), pool_(pool) {}
+  Loader(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, uint32_t lanes)
+      : file_(file), spec_(spec), sidecar_(sidecar), lanes_(lanes) {}
 
-  Weights load() {
-    Arena measure;
+  Weights measure(size_t& arena_bytes) {
+    Arena counts;
     Weights sizes;
     if (sidecar_) read_clusters(sizes.flash);
-    walk(sizes, measure);
+    walk(sizes, counts);
+    arena_bytes = counts.used();
+    return sizes;
+  }
+
+  Weights load(Pool& pool) {
+    pool_ = &pool;
+    size_t bytes;
     Weights w;
-    w.flash = std::move(sizes.flash);
-    w.arena = Arena(measure.used(), "the weights");
+    w.flash = measure(bytes).flash;
+    w.arena = Arena(bytes, "the weights");
     walk(w, w.arena);
     return w;
   }
@@ -115,7 +122,7 @@ class Loader {
     const uint32_t pieces = (m.tiles() + per - 1) / per;
     std::exception_ptr error;
     std::mutex guard;
-    pool_.run([&](Pool::Worker& w) {
+    pool_->run([&](Pool::Worker& w) {
       std::vector<uint8_t> raw;
       uint32_t begin, end;
       while (w.claim(pieces, begin, end)) try {
@@ -276,7 +283,7 @@ class Loader {
   const GgufFile* sidecar_;
   const GgufFile* from_ = &file_;  // where tensors are looked for
   uint32_t lanes_;
-  Pool& pool_;
+  Pool* pool_ = nullptr;
   Arena* arena_ = nullptr;
 };
 
@@ -284,7 +291,12 @@ class Loader {
 
 Weights load_weights(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, const Kernels& kernels,
                      Pool& pool) {
-  return Loader(file, spec, sidecar, kernels, pool).load();
+  return Loader(file, spec, sidecar, kernels.lanes).load(pool);
+}
+
+Weights plan_weights(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, uint32_t lanes,
+                     size_t& arena_bytes) {
+  return Loader(file, spec, sidecar, lanes).measure(arena_bytes);
 }
 
 }  // namespace edgert

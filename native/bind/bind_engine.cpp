@@ -10,6 +10,7 @@
 #include "bind.h"
 #include "decoder.h"
 #include "error.h"
+#include "sizes.h"
 
 namespace nb = nanobind;
 using namespace edgert;
@@ -157,14 +158,26 @@ ScoredArrays among(Decoder& d, Row hidden, const std::vector<uint32_t>& ids) {
   return to_arrays(std::move(out));
 }
 
-nb::typed<nb::dict, nb::str, nb::int_> memory(const Decoder& d) {
+using Bytes = nb::typed<nb::dict, nb::str, nb::int_>;
+
+Bytes weight_parts(const Weights& w) {
   nb::dict m;
-  m["body"] = d.weights().body_bytes;
-  m["embedding"] = d.weights().embedding_bytes;
-  m["head"] = d.weights().head_bytes;
-  m["flash_head"] = d.weights().flash.bytes + 4 * (d.weights().flash.token.size() + d.weights().flash.row.size());
+  m["body"] = w.body_bytes;
+  m["embedding"] = w.embedding_bytes;
+  m["head"] = w.head_bytes;
+  m["flash_head"] = w.flash.bytes + w.flash.table_bytes();
+  return m;
+}
+
+Bytes memory(const Decoder& d) {
+  Bytes m = weight_parts(d.weights());
   m["activations"] = d.activation_bytes();
   return m;
+}
+
+Sizes::Head head_named(const std::string& name) {
+  if (name == "flash") return Sizes::Head::Flash;
+  return name == "exact" ? Sizes::Head::Exact : Sizes::Head::Dense;
 }
 
 }  // namespace
@@ -183,9 +196,11 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("threads", &Decoder::threads)
       .def_prop_ro("isa", [](const Decoder& d) { return isa_name(d.isa()); })
       .def_prop_ro("vocab_size", [](const Decoder& d) { return d.spec().vocab_size; })
-      .def_prop_ro("step_weight_bytes", &Decoder::step_weight_bytes, "Bytes of weights one decode step reads with the dense head.")
-      .def_prop_ro("step_body_bytes", &Decoder::step_body_bytes, "The same without any head.")
-      .def("flash_bytes", &Decoder::flash_bytes, nb::arg("probes"), nb::arg("keep"), "Bytes that flash() reads.")
+      .def_prop_ro("step_weight_bytes", [](const Decoder& d) { return d.weights().step_bytes(); },
+                   "Bytes of weights one decode step reads with the dense head.")
+      .def_prop_ro("step_body_bytes", [](const Decoder& d) { return d.weights().body_bytes; }, "The same without any head.")
+      .def("flash_bytes", [](const Decoder& d, uint32_t probes, uint32_t keep) { return d.weights().flash_bytes(probes, keep); },
+           nb::arg("probes"), nb::arg("keep"), "Bytes that flash() reads.")
       .def("memory", &memory, "Resident bytes by part.")
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens").noconvert(), nb::arg("all_logits") = false,
            "Appends int32 tokens; returns float32 logits after the last, [vocab], or after each, [n, vocab].")
@@ -206,6 +221,41 @@ void bind_engine(nb::module_& m) {
            "(ids, logits) of one row of hidden(), [dim], by a FlashHead; see Decoder::flash.")
       .def("among", &among, nb::arg("hidden").noconvert(), nb::arg("ids"),
            "(ids, logits) of the tokens `ids` alone, in no order: the bits of dense().");
+
+  nb::class_<Sizes>(m, "Sizes", "What a model will take in memory, from the headers of its files alone.")
+      .def(
+          "__init__",
+          [](Sizes* self, const GgufFile& file, nb::typed<nb::dict, nb::str, nb::any> spec, uint32_t threads,
+             const GgufFile* sidecar, uint32_t lanes) {
+            new (self) Sizes(file, to_spec(spec), threads, sidecar, lanes ? lanes : kernels_for(isa_select()).lanes);
+          },
+          nb::arg("file"), nb::arg("spec"), nb::arg("threads"), nb::arg("sidecar").none() = nb::none(), nb::arg("lanes") = 0,
+          "`lanes`: floats of a vector at the ISA level meant, 8 or 16; 0: the one that would run here.")
+      .def("weights", [](const Sizes& s) { return weight_parts(s.weights()); }, "Bytes of packed weights by part.")
+      .def_prop_ro("arena_bytes", &Sizes::arena_bytes, "Bytes of the buffer that holds them all.")
+      .def_prop_ro("step_weight_bytes", [](const Sizes& s) { return s.weights().step_bytes(); })
+      .def_prop_ro("step_body_bytes", [](const Sizes& s) { return s.weights().body_bytes; })
+      .def("flash_bytes", [](const Sizes& s, uint32_t probes, uint32_t keep) { return s.weights().flash_bytes(probes, keep); },
+           nb::arg("probes"), nb::arg("keep"))
+      .def(
+          "activations",
+          [](const Sizes& s, uint32_t length, const std::string& head, uint32_t probes, uint32_t keep) {
+            return s.activations(length, head_named(head), probes, keep);
+          },
+          nb::arg("length"), nb::arg("head"), nb::arg("probes"), nb::arg("keep"),
+          "Bytes of the buffers of a pass and of the head (dense, flash or exact) after `length` positions.")
+      .def("kv", &Sizes::kv, nb::arg("context"), nb::arg("length"),
+           "Bytes of a cache of at most `context` positions that holds `length`.")
+      .def("kv_step", &Sizes::kv_step, nb::arg("context"), nb::arg("length"), "Bytes that a step reads of it.");
+
+  m.def(
+      "allocated",
+      [] {
+        Bytes m = nb::dict();
+        for (const auto& [what, bytes] : allocated()) m[what.c_str()] = bytes;
+        return m;
+      },
+      "Bytes of the core's large buffers in this process, by what they are for.");
 
   nb::class_<KvCache>(m, "Cache", "KV cache of one sequence.")
       .def(

@@ -1,0 +1,32 @@
+#include "sizes.h"
+
+#include "memory.h"
+#include "scratch.h"
+
+namespace edgert {
+
+Sizes::Sizes(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const GgufFile* sidecar, uint32_t lanes)
+    : spec_(spec), threads_(threads) {
+  check_head_dim(spec);
+  weights_ = plan_weights(file, spec, sidecar, lanes, arena_bytes_);
+  arena_bytes_ = Buffer::rounded(arena_bytes_);
+}
+
+size_t Sizes::activations(uint32_t length, Head head, uint32_t probes, uint32_t keep) const {
+  Scratch s(spec_, weights_, threads_);
+  size_t n = Buffer::rounded(s.arena_bytes(spec_, weights_)) + s.list_bytes(weights_) +
+             Scratch::partial_floats(spec_, length) * sizeof(float);
+  if (head == Head::Dense && !weights_.flash.token.empty()) n += weights_.head.rows * sizeof(float);
+  if (head != Head::Dense)
+    n += weights_.flash_units(probes, keep) * FlashHead::kUnit * (sizeof(float) + sizeof(uint32_t));
+  if (head == Head::Exact) n += weights_.head.tiles() * sizeof(float);
+  return n;
+}
+
+size_t Sizes::kv(uint32_t context, uint32_t length) const { return KvCache(spec_, context).bytes_at(length); }
+
+size_t Sizes::kv_step(uint32_t context, uint32_t length) const {
+  return KvCache(spec_, context).step_bytes_at(length);
+}
+
+}  // namespace edgert

@@ -1,0 +1,33 @@
+// What a model will take in memory, from the headers of its files alone. These are the sums that the
+// decoder's own allocations are made of: plan_weights(), Scratch and KvCache answer both.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "decoder.h"
+
+namespace edgert {
+
+class Sizes {
+ public:
+  // `lanes`: rows of a tile at the ISA level meant, which need not be one that runs here. Throws what
+  // Decoder does.
+  Sizes(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const GgufFile* sidecar, uint32_t lanes);
+
+  const Weights& weights() const { return weights_; }  // shapes and sizes, no data
+  size_t arena_bytes() const { return arena_bytes_; }  // all packed tensors
+  // Buffers of a forward pass and of the head after `length` positions.
+  enum class Head { Dense, Flash, Exact };
+  size_t activations(uint32_t length, Head head, uint32_t probes, uint32_t keep) const;
+  // A KV cache of at most `context` positions that holds `length`, and what a step reads of it then.
+  size_t kv(uint32_t context, uint32_t length) const;
+  size_t kv_step(uint32_t context, uint32_t length) const;
+
+ private:
+  ModelSpec spec_;
+  Weights weights_;
+  uint32_t threads_;
+  size_t arena_bytes_ = 0;
+};
+
+}  // namespace edgert
