@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from .errors import EdgertError
     from .generate import Reply
     from .model import Model, load
+    from .planner import Plan, plan
     from .session import Session
 
     __version__: str
 
-__all__ = ["EdgertError", "Model", "Reply", "Session", "__version__", "load"]
+__all__ = ["EdgertError", "Model", "Plan", "Reply", "Session", "__version__", "load", "plan"]
 
 _HOME = {
     "EdgertError": "errors",
@@ -25,6 +26,8 @@ _HOME = {
     "Reply": "generate",
     "Session": "session",
     "load": "model",
+    "Plan": "planner",
+    "plan": "planner",
 }
 
 

@@ -60,6 +60,9 @@ class GgufFile:
     def get(self, key: str, default: Any = None) -> Any:
         """One metadata value; converts only that one."""
 
+    def count(self, key: str) -> int:
+        """Elements of a metadata array, 0 for anything else; converts nothing."""
+
     @property
     def tensors(self) -> list[TensorInfo]:
         """In the order of the file."""
@@ -262,6 +265,10 @@ class Sizes:
         """Bytes of the buffer that holds them all."""
 
     @property
+    def padding_bytes(self) -> int:
+        """Bytes of it that are no tensor."""
+
+    @property
     def step_weight_bytes(self) -> int: ...
     @property
     def step_body_bytes(self) -> int: ...
@@ -271,8 +278,11 @@ class Sizes:
         Bytes of the buffers of a pass and of the head (dense, flash or exact) after `length` positions.
         """
 
-    def kv(self, context: int, length: int) -> int:
-        """Bytes of a cache of at most `context` positions that holds `length`."""
+    def kv(self, context: int, length: int) -> tuple[list[tuple[int, int]], int]:
+        """
+        Bytes of a cache of at most `context` positions that holds `length`:
+        (window, bytes) of the layers that share a window (0: none), and those of the convolutions.
+        """
 
     def kv_step(self, context: int, length: int) -> int:
         """Bytes that a step reads of it."""

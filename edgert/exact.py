@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .heads import LONGEST
+
 if TYPE_CHECKING:
     from . import _native
     from .engines.base import Logits
     from .session import Session
-
-LONGEST = 16  # tokens of a block: the whole head scores so many on one way through its rows
 
 
 class ExactHead:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _native
-from .engines import engine_for
+from .engines import check_options, engine_for
 from .engines.base import Engine
-from .errors import ModelFileError, UsageError
+from .errors import ModelFileError, UnsupportedModelError, UsageError
 from .generate import Reply, Stream
-from .locate import find_sidecar, model_path
+from .heads import check_head, choose_sidecar
+from .locate import model_path
+from .planner import Case, check_context, choose_context
 from .session import Message, Prompt, Session, finish
 
 if TYPE_CHECKING:
@@ -38,50 +40,43 @@ def load(
     ``name_or_path``: a name of the catalogue, a GGUF file, or ``hf:owner/repo/file.gguf``.
     ``engine``: "native", "llamacpp", or "auto", which is native for what native knows.
     ``threads``: 0 takes as many as the machine has cores. ``context``: positions a session may
-    hold; None is what the model was made for (memory is only taken as a session grows).
+    hold; None is what the model was made for, or what memory allows when that is less (it is only
+    taken as a session grows).
     ``kv``: type of the cached keys and values ("f16"). ``head``: "dense"; "flash", which scores
     the likely clusters of the vocabulary alone; "exact", which drafts with those and gives the dense
     head's tokens; or "auto", flash where the model has a sidecar (``edgert export``), else dense.
     ``probes``: clusters that flash scores (0: the sidecar's number). Raises UsageError,
-    ModelFileError, UnsupportedModelError, TokenizerError or EngineError.
+    ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is
+    allocated, when the model with a session of ``context`` does not fit the memory there is.
     """
-    if head not in HEADS:
-        raise UsageError(f"unknown head {head!r}: expected one of {', '.join(HEADS)}")
-    if isinstance(probes, bool) or not isinstance(probes, int) or not 0 <= probes <= 2**20:
-        raise UsageError(f"probes must be 0 (the sidecar's number) to {2**20}, not {probes!r}")
-
+    check_head(head, probes)
+    check_options(engine, threads, kv)
     file = _native.GgufFile(str(model_path(name_or_path)))
+    trained = _trained_context(file)
+    check_context(context, trained)
+    sidecar = choose_sidecar(file.path, head, engine)
+    if engine != "llamacpp":
+        with contextlib.suppress(UnsupportedModelError):  # the choice of an engine says what to do
+            case = Case.read(file, sidecar, 0, threads, kv, head, probes)
+            context = choose_context(case, context)
+            del case
+    context = context or trained
     metadata = file.metadata
-    trained = _trained_context(file.path, metadata)
-    if context is None:
-        context = trained
-    elif isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= trained:
-        raise UsageError(f"context must be 2 to {trained}, which the model was made for, not {context!r}")
     tokenizer = _TokenizerLoader(metadata)
     tokenizer.start()
-    sidecar = _sidecar(file.path, head, engine)
     loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes)
     if head == "auto":
         head = "flash" if sidecar and loaded.name == "native" else "dense"
     return Model(
-        loaded, tokenizer.result(), path=file.path, context=context, trained_context=trained, kv=kv, head=head
+        loaded,
+        tokenizer.result(),
+        path=file.path,
+        context=context,
+        trained_context=trained,
+        kv=kv,
+        head=head,
+        probes=probes,
     )
-
-
-HEADS = ("auto", "dense", "flash", "exact")
-
-
-def _sidecar(path: str, head: str, engine: str) -> Path | None:
-    """The sidecar to load for ``head``. Raises UsageError when one is needed and there is none."""
-    found = None if head == "dense" or engine == "llamacpp" else find_sidecar(Path(path))
-    if found is None and head in ("flash", "exact"):
-        if engine == "llamacpp":
-            raise UsageError(f"head={head!r} needs the native engine; drop engine='llamacpp'")
-        raise UsageError(
-            f"{path} has no sidecar, which head={head!r} needs: make one with "
-            f"`edgert export {path} --flash-head`, or use head='dense'"
-        )
-    return found
 
 
 class _TokenizerLoader(threading.Thread):
@@ -113,7 +108,7 @@ class Model:
     manager.
 
     ``context`` is what a session may hold, ``trained_context`` what the model was made for, ``head``
-    "dense", "flash" or "exact".
+    "dense", "flash" or "exact", ``probes`` the clusters asked for (0: the sidecar's number).
     """
 
     def __init__(
@@ -126,8 +121,9 @@ class Model:
         trained_context: int,
         kv: str,
         head: str = "dense",
+        probes: int = 0,
     ) -> None:
-        self.engine, self.tokenizer, self.head = engine, tokenizer, head
+        self.engine, self.tokenizer, self.head, self.probes = engine, tokenizer, head, probes
         self.path, self.context, self.trained_context, self.kv = path, context, trained_context, kv
         self.vocab_size = engine.vocab_size
         self._fingerprint = ""
@@ -236,11 +232,11 @@ class Model:
             raise
 
 
-def _trained_context(path: str, metadata: Mapping[str, Any]) -> int:
-    key = f"{metadata.get('general.architecture')}.context_length"
-    length = metadata.get(key)
+def _trained_context(file: _native.GgufFile) -> int:
+    key = f"{file.get('general.architecture')}.context_length"
+    length = file.get(key)
     if not isinstance(length, int) or length < 2:
         raise ModelFileError(
-            f"{path}: expected a number of positions in {key}, found {length!r}", path, -1, key
+            f"{file.path}: expected a number of positions in {key}, found {length!r}", file.path, -1, key
         )
     return length

@@ -39,7 +39,6 @@ class Sidecar:
     def __init__(self, path: Path, base: Path) -> None:
         self.path = path
         self.file = _native.GgufFile(str(path))
-        self._metadata = self.file.metadata
         names = {t.name for t in self.file.tensors}
         version = self._read("edgert.version", int)
         if version != VERSION:
@@ -91,7 +90,8 @@ class Sidecar:
         return value if isinstance(value, float) and 0 <= value <= 1 else None
 
     def _read(self, key: str, kind: type) -> Any:
-        value = self._metadata.get(key)
+        # One key at a time: as Python values the token of each row would take ten times its memory.
+        value = self.file.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
             found = "nothing" if value is None else type(value).__name__
             raise self._refuse(key, f"expected {kind.__name__}, found {found}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import BadModelMetadata, UnsupportedArchitecture
@@ -103,7 +103,7 @@ def _vocab_size(keys: Reader, metadata: Mapping[str, Any], tensors: Tensors) -> 
             f"{keys.key('vocab_size')}: expected {rows}, the rows of token_embd.weight, found {declared}"
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, (list, tuple)) and len(tokens) != rows:
+    if isinstance(tokens, Sequence) and not isinstance(tokens, str) and len(tokens) != rows:
         raise BadModelMetadata(
             f"tokenizer.ggml.tokens: expected {rows} tokens, the rows of token_embd.weight, "
             f"found {len(tokens)}"

@@ -52,13 +52,13 @@ size_t KvCache::bytes() const {
   return n;
 }
 
-size_t KvCache::bytes_at(uint32_t length) const {
-  size_t n = conv_buffer_.bytes();
+std::vector<KvCache::Share> KvCache::shares_at(uint32_t length) const {
+  std::vector<Share> shares;
   for (const Class& c : classes_) {
     const size_t of_slab = pieces_of_slab(c), slabs = (pieces_needed(c, length) + of_slab - 1) / of_slab;
-    n += slabs * Buffer::rounded(of_slab * c.piece_bytes);
+    shares.push_back({c.window, slabs * Buffer::rounded(of_slab * c.piece_bytes)});
   }
-  return n;
+  return shares;
 }
 
 size_t KvCache::pieces_of_slab(const Class& c) { return std::max<size_t>(1, kSlab / c.piece_bytes); }

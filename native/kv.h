@@ -33,8 +33,14 @@ class KvCache {
   uint32_t length() const { return length_; }
   uint32_t context() const { return context_; }
   size_t bytes() const;
-  // What bytes() will be with room for `length` positions.
-  size_t bytes_at(uint32_t length) const;
+  // What bytes() will be with room for `length` positions, by layers that live and die together;
+  // `window` is 0 for those that keep everything.
+  struct Share {
+    uint32_t window;
+    size_t bytes;
+  };
+  std::vector<Share> shares_at(uint32_t length) const;
+  size_t conv_bytes() const { return conv_buffer_.bytes(); }
 
   // Makes room for positions up to `length`. Throws EngineError past the context or out of memory;
   // the cache is unchanged then.

@@ -12,6 +12,10 @@ Sizes::Sizes(const GgufFile& file, const ModelSpec& spec, uint32_t threads, cons
   arena_bytes_ = Buffer::rounded(arena_bytes_);
 }
 
+size_t Sizes::padding_bytes() const {
+  return arena_bytes_ - weights_.body_bytes - weights_.embedding_bytes - weights_.head_bytes - weights_.flash.bytes;
+}
+
 size_t Sizes::activations(uint32_t length, Head head, uint32_t probes, uint32_t keep) const {
   Scratch s(spec_, weights_, threads_);
   size_t n = Buffer::rounded(s.arena_bytes(spec_, weights_)) + s.list_bytes(weights_) +
@@ -21,12 +25,6 @@ size_t Sizes::activations(uint32_t length, Head head, uint32_t probes, uint32_t 
     n += weights_.flash_units(probes, keep) * FlashHead::kUnit * (sizeof(float) + sizeof(uint32_t));
   if (head == Head::Exact) n += weights_.head.tiles() * sizeof(float);
   return n;
-}
-
-size_t Sizes::kv(uint32_t context, uint32_t length) const { return KvCache(spec_, context).bytes_at(length); }
-
-size_t Sizes::kv_step(uint32_t context, uint32_t length) const {
-  return KvCache(spec_, context).step_bytes_at(length);
 }
 
 }  // namespace edgert

@@ -15,13 +15,13 @@ class Sizes {
   Sizes(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const GgufFile* sidecar, uint32_t lanes);
 
   const Weights& weights() const { return weights_; }  // shapes and sizes, no data
-  size_t arena_bytes() const { return arena_bytes_; }  // all packed tensors
+  size_t arena_bytes() const { return arena_bytes_; }  // of the buffer that holds all packed tensors
+  size_t padding_bytes() const;                        // of it that are no tensor
   // Buffers of a forward pass and of the head after `length` positions.
   enum class Head { Dense, Flash, Exact };
   size_t activations(uint32_t length, Head head, uint32_t probes, uint32_t keep) const;
-  // A KV cache of at most `context` positions that holds `length`, and what a step reads of it then.
-  size_t kv(uint32_t context, uint32_t length) const;
-  size_t kv_step(uint32_t context, uint32_t length) const;
+  // An empty KV cache of at most `context` positions: it says what it will take.
+  KvCache kv(uint32_t context) const { return {spec_, context}; }
 
  private:
   ModelSpec spec_;

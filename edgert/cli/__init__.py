@@ -23,6 +23,7 @@ VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULE
     "export": "make a model's sidecar (its clustered vocabulary head), or a GGUF of a Hugging Face directory",
     "bench": "measure a model's speed and memory, beside other engines",
     "eval": "measure how often a FlashHead gives the dense head's tokens",
+    "plan": "say what a run will cost in memory and time, and whether it fits",
     "info": "say what a model file is",
     "doctor": "say what this machine can do and what limits it",
 }

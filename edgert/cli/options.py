@@ -117,6 +117,12 @@ def load_model(args: argparse.Namespace) -> Model:
     finally:
         if terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    if args.context is None and model.context < model.trained_context:
+        print(
+            f"edgert: memory allows a context of {model.context} tokens; the model was made for "
+            f"{model.trained_context} (see `edgert plan {args.model}`)",
+            file=sys.stderr,
+        )
     if args.head == "auto" and model.head == "flash":
         print(f"edgert: {model.head_note()}; --head exact gives them all", file=sys.stderr)
     return model

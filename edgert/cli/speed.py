@@ -16,6 +16,7 @@ from edgert.locate import cache_dir
 if TYPE_CHECKING:
     from edgert.generate import Stats
     from edgert.model import Model
+    from edgert.planner import Plan
 
 QUICK_PROBE = 0.15  # seconds of reading; setting up the probe's memory costs about as much again
 
@@ -97,6 +98,10 @@ def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
         "seed": stats.seed,
         "engine": engine,
     }
+    planned = _planned(model, stats)
+    if planned is not None:
+        report["planned_peak_memory"] = planned.needed
+        report["planned_generation_tokens_per_second"] = 1 / planned.decode_seconds
     threads = engine.get("threads")
     if stats.generation_tps > 0 and isinstance(threads, int) and threads > 0:
         step = bytes_per_token(model, stats)
@@ -108,6 +113,22 @@ def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
             report["machine_bytes_per_second"] = limit
             report["share_of_machine"] = reached / limit
     return report
+
+
+def _planned(model: Model, stats: Stats) -> Plan | None:
+    """What a plan for this very length says; None for a model that native does not know."""
+    if model.engine.name != "native":
+        return None
+    from edgert.planner import plan
+
+    return plan(
+        model.path,
+        context=max(2, stats.prompt_tokens + stats.generated_tokens),
+        threads=model.engine.describe()["threads"],
+        kv=model.kv,
+        head=model.head,
+        probes=model.probes,
+    )
 
 
 def speed_line(report: dict[str, Any]) -> str:
@@ -126,6 +147,11 @@ def speed_line(report: dict[str, Any]) -> str:
             f"{report['read_bytes_per_second'] / 1e9:.1f} of the "
             f"{report['machine_bytes_per_second'] / 1e9:.1f} GB/s this machine reads "
             f"({report['share_of_machine']:.0%})"
+        )
+    if "planned_peak_memory" in report:
+        parts.append(
+            f"planned {report['planned_generation_tokens_per_second']:.0f} tok/s and "
+            f"{size_text(report['planned_peak_memory'])}"
         )
     # llama.cpp lists every feature it was built for; one name tells enough here.
     isa = str(engine.get("isa") or "").split()

@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgert import _native
 from edgert.errors import EngineError, ModelFileError, UnsupportedModelError, UsageError
 
-from . import llamacpp
-from .base import Engine
+if TYPE_CHECKING:
+    from edgert.models import ModelSpec
+    from edgert.sidecar import Sidecar
+
+    from .base import Engine
 
 ENGINES = ("auto", "native", "llamacpp")
 KV_TYPES = ("f16",)
+
+
+def check_options(engine: str, threads: int, kv: str) -> None:
+    """Raises UsageError for an engine, a number of threads or a type of keys and values that there is not."""
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}: expected one of {', '.join(ENGINES)}")
+    if kv not in KV_TYPES:
+        raise UsageError(f"unknown kv type {kv!r}: expected one of {', '.join(KV_TYPES)}")
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= 1024:
+        raise UsageError(f"threads must be 0 (as many as the machine has cores) to 1024, not {threads!r}")
 
 
 def open_engine(
@@ -37,7 +49,7 @@ def engine_for(
     threads: int,
     kv: str,
     context: int | None,
-    sidecar: Path | None = None,
+    sidecar: Sidecar | None = None,
     probes: int = 0,
 ) -> Engine:
     """Load an open file, whose ``metadata`` the caller has at hand, into an engine.
@@ -47,14 +59,9 @@ def engine_for(
     ``probes`` (0: the sidecar's own number) are for native alone. Raises UsageError,
     UnsupportedModelError, ModelFileError or EngineError.
     """
-    if engine not in ENGINES:
-        raise UsageError(f"unknown engine {engine!r}: expected one of {', '.join(ENGINES)}")
-    if kv not in KV_TYPES:
-        raise UsageError(f"unknown kv type {kv!r}: expected one of {', '.join(KV_TYPES)}")
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= 1024:
-        raise UsageError(f"threads must be 0 (as many as the machine has cores) to 1024, not {threads!r}")
+    check_options(engine, threads, kv)
     if engine == "llamacpp":
-        return llamacpp.open(file.path, threads, context)
+        return _open_llamacpp(file.path, threads, context)
     try:
         return _open_native(file, metadata, threads, sidecar, probes)
     except UnsupportedModelError as error:
@@ -66,27 +73,32 @@ def engine_for(
                 f"{what}; install the engine that may: pip install 'edgert[llamacpp]'"
             ) from error
     try:
-        return llamacpp.open(file.path, threads, context)
+        return _open_llamacpp(file.path, threads, context)
     except EngineError as error:
         raise UnsupportedModelError(f"{what}, nor can the llamacpp engine: {error}") from error
 
 
-def _open_native(
-    file: _native.GgufFile, metadata: Mapping[str, Any], threads: int, sidecar: Path | None, probes: int
-) -> Engine:
-    from edgert.models import BadModelMetadata, UnsupportedArchitecture, load_spec
+def _open_llamacpp(path: str, threads: int, context: int | None) -> Engine:
+    from . import llamacpp  # here alone: whoever asks for a plan has no use for numpy
 
+    return llamacpp.open(path, threads, context)
+
+
+def _open_native(
+    file: _native.GgufFile, metadata: Mapping[str, Any], threads: int, sidecar: Sidecar | None, probes: int
+) -> Engine:
     from .native import NativeEngine
 
+    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes)
+
+
+def native_spec(file: _native.GgufFile, metadata: Mapping[str, Any]) -> ModelSpec:
+    """What the model in an open file is. Raises UnsupportedModelError, ModelFileError."""
+    from edgert.models import BadModelMetadata, UnsupportedArchitecture, load_spec
+
     try:
-        spec = load_spec(dict(metadata), {t.name: tuple(t.shape) for t in file.tensors})
+        return load_spec(metadata, {t.name: tuple(t.shape) for t in file.tensors})
     except UnsupportedArchitecture as error:
         raise UnsupportedModelError(str(error)) from error
     except BadModelMetadata as error:
         raise ModelFileError(f"{file.path}: {error}", file.path) from error
-    opened = None
-    if sidecar is not None:
-        from edgert.sidecar import Sidecar
-
-        opened = Sidecar(sidecar, Path(file.path))
-    return NativeEngine(file, spec, threads, opened, probes)

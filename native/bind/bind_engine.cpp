@@ -1,5 +1,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -233,6 +234,7 @@ void bind_engine(nb::module_& m) {
           "`lanes`: floats of a vector at the ISA level meant, 8 or 16; 0: the one that would run here.")
       .def("weights", [](const Sizes& s) { return weight_parts(s.weights()); }, "Bytes of packed weights by part.")
       .def_prop_ro("arena_bytes", &Sizes::arena_bytes, "Bytes of the buffer that holds them all.")
+      .def_prop_ro("padding_bytes", &Sizes::padding_bytes, "Bytes of it that are no tensor.")
       .def_prop_ro("step_weight_bytes", [](const Sizes& s) { return s.weights().step_bytes(); })
       .def_prop_ro("step_body_bytes", [](const Sizes& s) { return s.weights().body_bytes; })
       .def("flash_bytes", [](const Sizes& s, uint32_t probes, uint32_t keep) { return s.weights().flash_bytes(probes, keep); },
@@ -244,9 +246,21 @@ void bind_engine(nb::module_& m) {
           },
           nb::arg("length"), nb::arg("head"), nb::arg("probes"), nb::arg("keep"),
           "Bytes of the buffers of a pass and of the head (dense, flash or exact) after `length` positions.")
-      .def("kv", &Sizes::kv, nb::arg("context"), nb::arg("length"),
-           "Bytes of a cache of at most `context` positions that holds `length`.")
-      .def("kv_step", &Sizes::kv_step, nb::arg("context"), nb::arg("length"), "Bytes that a step reads of it.");
+      .def(
+          "kv",
+          [](const Sizes& s, uint32_t context, uint32_t length) {
+            const KvCache cache = s.kv(context);
+            std::vector<std::pair<uint32_t, size_t>> shares;
+            for (const KvCache::Share& share : cache.shares_at(length)) shares.emplace_back(share.window, share.bytes);
+            return std::make_pair(shares, cache.conv_bytes());
+          },
+          nb::arg("context"), nb::arg("length"),
+          "Bytes of a cache of at most `context` positions that holds `length`:\n(window, bytes) of the layers that "
+          "share a window (0: none), and those of the convolutions.")
+      .def(
+          "kv_step",
+          [](const Sizes& s, uint32_t context, uint32_t length) { return s.kv(context).step_bytes_at(length); },
+          nb::arg("context"), nb::arg("length"), "Bytes that a step reads of it.");
 
   m.def(
       "allocated",

@@ -136,6 +136,21 @@ nb::object repr(const TensorInfo& t) {
   return nb::str("TensorInfo({!r}, {}, {})").format(t.name, type_name(t), shape(t));
 }
 
+// Elements of a metadata array, 0 for anything else.
+size_t count(const GgufFile& f, const std::string& key) {
+  const MetaValue* value = f.get(key);
+  if (!value) return 0;
+  return std::visit(
+      [](const auto& v) -> size_t {
+        using V = std::decay_t<decltype(v)>;
+        if constexpr (std::is_arithmetic_v<V> || std::is_same_v<V, std::string>)
+          return 0;
+        else
+          return v.size();
+      },
+      value->v);
+}
+
 }  // namespace
 
 void bind_gguf(nb::module_& m) {
@@ -161,6 +176,8 @@ void bind_gguf(nb::module_& m) {
       .def("get", get, nb::arg("key"), nb::arg("default") = nb::none(),
            nb::sig("def get(self, key: str, default: typing.Any = None) -> typing.Any"),
            "One metadata value; converts only that one.")
+      .def("count", count, nb::arg("key"), nb::sig("def count(self, key: str) -> int"),
+           "Elements of a metadata array, 0 for anything else; converts nothing.")
       .def_prop_ro("tensors", tensors, nb::sig("def tensors(self) -> list[TensorInfo]"), "In the order of the file.")
       .def("read", read_tensor, nb::arg("name"), nb::sig("def read(self, name: str) -> bytes"),
            "The stored bytes of a tensor. Raises ModelFileError if there is none of this name.")

@@ -1,0 +1,108 @@
+"""The time a run will take, part by part: bytes over the bandwidth of memory or operations over the rate of
+the processor, whichever is longer (a roofline, Williams et al. 2009)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .rates import BARRIER, MANY, TOKEN
+
+if TYPE_CHECKING:
+    from .planner import Case
+    from .rates import Rates
+
+CHUNK = 256  # tokens of a prefill pass: weights are read once for so many
+BARRIERS = 6  # of a layer in decoding
+# Units of the head that a FlashHead scores lie anywhere: memory gives them at this share of its rate.
+SCATTERED = 0.5
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the time: ``seconds``, the ``bytes`` it reads, and what it waits for ("memory",
+    "arithmetic" or "fixed")."""
+
+    name: str
+    seconds: float
+    bytes: int
+    limit: str
+
+
+def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
+    """One token with ``length`` positions in the cache."""
+    spec, sizes = case.spec, case.sizes
+    body = _roofline("body", sizes.step_body_bytes, _seconds_of_body(case, rates, 1), rates.bandwidth)
+    attention = _roofline(
+        "attention", sizes.kv_step(length, length), _pairs(case, length, rates), rates.bandwidth
+    )
+    fixed = TOKEN + BARRIERS * spec.n_layers * BARRIER * (rates.threads > 1)
+    steps = [body, attention]
+    if case.head == "dense":
+        steps.append(_dense_head(case, rates, 1))
+    else:
+        flash = sizes.flash_bytes(*case.budget)
+        steps.append(Step("head", flash / (rates.bandwidth * SCATTERED), flash, "memory"))
+    steps.append(Step("fixed", fixed, 0, "fixed"))
+    if case.head == "exact":
+        steps = _exact(case, rates, steps)
+    return tuple(steps)
+
+
+def prefill_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
+    """A prompt of ``length`` tokens, up to the logits after the last."""
+    passes = -(-length // CHUNK)
+    tokens = min(length, MANY)
+    arithmetic = length * _seconds_of_body(case, rates, tokens) / tokens
+    body = _roofline("body", passes * case.sizes.step_body_bytes, arithmetic, rates.bandwidth)
+    # Position i attends to i positions, or its window.
+    pairs = sum(_pairs(case, n, rates) * min(CHUNK, length) for n in range(CHUNK // 2, length, CHUNK))
+    attention = Step("attention", pairs, 0, "arithmetic")
+    return body, attention, _dense_head(case, rates, 1)
+
+
+def _roofline(name: str, read: int, arithmetic: float, bandwidth: float) -> Step:
+    memory = read / bandwidth
+    return Step(name, max(memory, arithmetic), read, "memory" if memory >= arithmetic else "arithmetic")
+
+
+def _seconds_of_body(case: Case, rates: Rates, tokens: int) -> float:
+    """Arithmetic of all matrices of the layers for ``tokens`` tokens at once."""
+    return sum(
+        weights / rates.weights(kind, tokens)
+        for name, kind, weights in case.tensors
+        if name.startswith("blk.") and name.endswith(".weight") and "norm" not in name
+    )
+
+
+def _dense_head(case: Case, rates: Rates, tokens: int) -> Step:
+    sizes = case.sizes
+    name = "token_embd.weight" if case.spec.tied_head else "output.weight"
+    kind = next(kind for tensor, kind, _ in case.tensors if tensor == name)
+    # The head's input has two int8 parts: twice the arithmetic.
+    arithmetic = 2 * case.spec.vocab_size * case.spec.dim / rates.weights(kind, tokens)
+    return _roofline("head", sizes.step_weight_bytes - sizes.step_body_bytes, arithmetic, rates.bandwidth)
+
+
+def _pairs(case: Case, length: int, rates: Rates) -> float:
+    """Arithmetic of attention for one token after ``length``."""
+    spec = case.spec
+    seconds = 0.0
+    for layer in spec.layers:
+        if layer.kind == "attention":
+            seen = min(length, layer.window or length)
+            seconds += spec.n_heads * seen / rates.pairs(spec.head_dim, spec.n_heads // layer.n_kv_heads)
+    return seconds
+
+
+def _exact(case: Case, rates: Rates, flash: list[Step]) -> list[Step]:
+    """A token of the exact head: drafts of a block with flash, then the whole head once for the block. With
+    agreement a, a block of L drafts gives (1 - a**L) / (1 - a) tokens."""
+    from .heads import LONGEST
+
+    agreement = (case.sidecar and case.sidecar.agreement) or 0.99
+    tokens = LONGEST if agreement >= 1 else (1 - agreement**LONGEST) / (1 - agreement)
+    whole = _dense_head(case, rates, LONGEST)
+    drafts = LONGEST / tokens
+    steps = [Step(s.name, s.seconds * drafts, round(s.bytes * drafts), s.limit) for s in flash]
+    return [*steps, Step("confirming", whole.seconds / tokens, round(whole.bytes / tokens), whole.limit)]

@@ -1,0 +1,445 @@
+"""What a run will cost, before it is paid: :func:`plan` and the :class:`Plan` it makes.
+
+Memory is exact arithmetic: the core's own sums over the headers of the files (``_native.Sizes``), and
+measured constants for Python, its libraries and the tokenizer. Time is an estimate: see
+:mod:`edgert.plan_time`. No weight is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import _native
+from .errors import PlanError, UsageError
+from .locate import model_path
+
+if TYPE_CHECKING:
+    from .models import ModelSpec
+    from .plan_time import Step
+    from .rates import Rates
+    from .sidecar import Sidecar
+
+# Resident bytes of a process that has imported edgert with what a generation needs, CPython 3.11, x86-64
+# Linux; and of the tokenizers library with the chat template's. tests/test_plan.py holds them to the
+# measured peaks.
+PYTHON_BYTES = 34_000_000
+TOKENIZER_BYTES = 8_000_000
+# Bytes for each string and each number of the file's metadata, in the core and as Python values, and for
+# each piece and merge in a tokenizer.
+STRING_BYTES = 130
+NUMBER_BYTES = 24
+BPE_BYTES = 172
+SPM_BYTES = 75
+# Share of the metadata's bytes that is given back once a model is loaded.
+FREED_METADATA = 0.3
+LONG_ARRAY = 4096  # elements; what describes layers is shorter
+READ_AHEAD = 1 << 18  # bytes of the file that each thread holds while it packs weights
+LEAST_CONTEXT = 256  # a load that may choose its context is refused below this
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of the memory: resident ``bytes``. ``note`` says what it is, for people."""
+
+    name: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something to change, and the bytes it saves; ``enough`` when it alone makes the run fit."""
+
+    text: str
+    saves: int
+    enough: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted cost of running a model with one session of ``context`` tokens.
+
+    ``memory`` are the terms of the peak, ``available`` the bytes that ``limit`` leaves. ``decode`` are the
+    parts of one step at ``context`` tokens, ``prefill`` of a prompt of that length, in seconds.
+    ``max_context`` is the longest that fits, 0 when none does.
+    """
+
+    model: str
+    path: str
+    context: int
+    trained_context: int
+    kv: str
+    head: str
+    threads: int
+    platform: str
+    memory: tuple[Part, ...]
+    available: int
+    limit: str
+    max_context: int
+    decode: tuple[Step, ...]
+    prefill: tuple[Step, ...]
+    remedies: tuple[Remedy, ...]
+
+    @property
+    def needed(self) -> int:
+        """Bytes at the peak."""
+        return sum(part.bytes for part in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.available
+
+    @property
+    def decode_seconds(self) -> float:
+        return sum(step.seconds for step in self.decode)
+
+    @property
+    def prefill_seconds(self) -> float:
+        return sum(step.seconds for step in self.prefill)
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of the part of that name, 0 when the plan has none."""
+        return next((part.bytes for part in self.memory if part.name == name), 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values: sizes in bytes, times in seconds."""
+        from dataclasses import asdict
+
+        return {
+            **asdict(self),
+            "needed": self.needed,
+            "fits": self.fits,
+            "decode_seconds": self.decode_seconds,
+            "decode_tokens_per_second": 1 / self.decode_seconds,
+            "prefill_seconds": self.prefill_seconds,
+            "prefill_tokens_per_second": self.context / self.prefill_seconds,
+        }
+
+
+def plan(
+    model: str | PathLike[str],
+    *,
+    context: int | None = None,
+    platform: str | None = None,
+    memory: int | None = None,
+    threads: int = 0,
+    kv: str = "f16",
+    head: str = "auto",
+    probes: int = 0,
+) -> Plan:
+    """The cost of running ``model`` (as in :func:`edgert.load`) with the native engine, from the headers of
+    its files.
+
+    ``context``: tokens of prompt and answer together (None: what the model was made for). ``platform``: a
+    board edgert describes, or the path of a platform file; None is this machine, as `edgert doctor`
+    measured it. ``memory``: bytes there are for the process (None: what the platform has, or this machine
+    can give now). The other options are those of :func:`edgert.load`.
+
+    Raises UsageError for an unknown platform or an option that makes no sense, ModelFileError and
+    UnsupportedModelError as load does. A run that does not fit is no error here: see :attr:`Plan.fits`.
+    """
+    from .engines import check_options
+    from .heads import check_head, choose_sidecar
+    from .rates import rates_for
+
+    check_options("native", threads, kv)
+    rates = rates_for(platform, threads)
+    check_head(head, probes)
+    file = _native.GgufFile(str(model_path(model)))
+    sidecar = choose_sidecar(file.path, head, "native")
+    case = Case.read(file, sidecar, rates.lanes, rates.threads, kv, head, probes)
+    check_context(context, case.trained_context)
+    context = context or case.trained_context
+    if memory is not None:
+        if isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
+            raise UsageError(f"memory must be a number of bytes above 0, not {memory!r}")
+        available, limit = memory, "the limit asked for (--memory)"
+    elif platform is not None:
+        available, limit = rates.usable_memory, f"{rates.name}"
+    else:
+        available, limit = process_memory(rates.threads)
+    return case.plan(context, rates, available, limit)
+
+
+class Header(Mapping[str, Any]):
+    """The metadata of a file, each value converted when it is asked for. Of a long array, such as a
+    vocabulary, there is the length alone (a range): its values would take longer than all else of a plan."""
+
+    def __init__(self, file: _native.GgufFile) -> None:
+        self._file, self._keys = file, file.metadata_keys
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._keys:
+            raise KeyError(key)
+        n = self._file.count(key)
+        return range(n) if n > LONG_ARRAY else self._file.get(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and the options that change what it costs; from it plans at any length are made."""
+
+    file: _native.GgufFile
+    spec: ModelSpec
+    sizes: _native.Sizes
+    tensors: tuple[tuple[str, str, int], ...]  # (name, type, weights)
+    sidecar: Sidecar | None
+    budget: tuple[int, int]
+    threads: int
+    kv: str
+    head: str
+
+    @classmethod
+    def read(
+        cls,
+        file: _native.GgufFile,
+        sidecar: Sidecar | None,
+        lanes: int,
+        threads: int,
+        kv: str,
+        head: str,
+        probes: int,
+    ) -> Case:
+        """Options are checked by the caller; ``lanes`` and ``threads`` 0 are those that would run here.
+        Raises ModelFileError, UnsupportedModelError."""
+        from .engines import native_spec
+
+        threads = threads or usable_cpus()
+        spec = native_spec(file, Header(file))
+        if head == "auto":
+            head = "flash" if sidecar else "dense"
+        tensors = tuple((t.name, t.type, _product(t.shape)) for t in file.tensors)
+        sizes = _native.Sizes(file, spec.as_dict(), threads, sidecar.file if sidecar else None, lanes)
+        budget = sidecar.budget(probes) if sidecar else (0, 0)
+        return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head)
+
+    @property
+    def trained_context(self) -> int:
+        return self.spec.context_length
+
+    def memory(self, context: int) -> tuple[Part, ...]:
+        """The terms of the peak with one session that holds ``context`` tokens."""
+        sizes, spec = self.sizes, self.spec
+        weights = sizes.weights()
+        tied = "it is the head too" if spec.tied_head else ""
+        parts = [
+            Part("body", weights["body"], "weights of the layers"),
+            Part("embedding", weights["embedding"], tied),
+            Part("head", weights["head"]),
+            Part("sidecar", weights["flash_head"], "FlashHead: routers, low-rank rows, tables"),
+            *self._kv(context),
+            Part("activations", sizes.activations(context, self.head, *self.budget), "buffers of a pass"),
+            Part("logits", self._logits(), "of the tokens that are scored at once"),
+        ]
+        parts.append(Part("padding", sizes.padding_bytes, "of the buffer that holds all weights"))
+        tokenizer, metadata = self._tokenizer()
+        kept = round(metadata * (1 - FREED_METADATA))
+        parts.append(Part("tokenizer", tokenizer + kept, "with the file's metadata"))
+        # While a model loads there is more of the metadata, and there are no keys and values yet.
+        grows = sum(p.bytes for p in parts if p.name.startswith(("KV", "logits", "convolution")))
+        loading = metadata - kept + self.threads * READ_AHEAD
+        parts.append(Part("loading", max(loading - grows, 0), "on top while the model loads"))
+        parts.append(Part("Python", PYTHON_BYTES, "and its libraries"))
+        return tuple(p for p in parts if p.bytes)
+
+    def _kv(self, context: int) -> list[Part]:
+        shares, conv = self.sizes.kv(context, context)
+        layers = [layer.window for layer in self.spec.layers if layer.kind == "attention"]
+        parts = []
+        for window, size in shares:
+            n = layers.count(window)
+            what = f"{n} layers with a window of {window}" if window else f"{n} full layers"
+            parts.append(Part(f"KV cache, {what}", size, self.kv))
+        return [*parts, Part("convolution state", conv)]
+
+    def _logits(self) -> int:
+        """Floats that go to Python: one token's, or those of a block for the exact head."""
+        from .heads import LONGEST
+
+        return 4 * self.spec.vocab_size * (LONGEST if self.head == "exact" else 1)
+
+    def _tokenizer(self) -> tuple[int, int]:
+        """Bytes of the tokenizer, and of the metadata it is made of."""
+        pieces, merges, scores, types = (
+            self.file.count(f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "scores", "token_type")
+        )
+        metadata = STRING_BYTES * (pieces + merges) + NUMBER_BYTES * (scores + types)
+        if self.file.get("tokenizer.ggml.model") == "gpt2":
+            return TOKENIZER_BYTES + BPE_BYTES * (pieces + merges), metadata
+        return TOKENIZER_BYTES + SPM_BYTES * pieces, metadata
+
+    def needed(self, context: int) -> int:
+        return sum(part.bytes for part in self.memory(context))
+
+    def max_context(self, available: int) -> int:
+        """The longest context that fits ``available`` bytes, at most what the model was made for."""
+        return _longest(self.trained_context, lambda n: self.needed(n) <= available)
+
+    def plan(self, context: int, rates: Rates, available: int, limit: str) -> Plan:
+        from .plan_time import decode_steps, prefill_steps
+
+        memory = self.memory(context)
+        return Plan(
+            model=str(self.file.get("general.name") or Path(self.file.path).name),
+            path=self.file.path,
+            context=context,
+            trained_context=self.trained_context,
+            kv=self.kv,
+            head=self.head,
+            threads=self.threads,
+            platform=rates.name,
+            memory=memory,
+            available=available,
+            limit=limit,
+            max_context=self.max_context(available),
+            decode=decode_steps(self, rates, context),
+            prefill=prefill_steps(self, rates, context),
+            remedies=self.remedies(context, available),
+        )
+
+    def remedies(self, context: int, available: int) -> tuple[Remedy, ...]:
+        """What to change when ``context`` tokens do not fit, what saves most first; none when they do."""
+        from .engines import KV_TYPES
+
+        needed = self.needed(context)
+        if needed <= available:
+            return ()
+        from dataclasses import replace
+
+        from .download import size_text
+
+        found: list[tuple[str, int]] = []
+        longest = self.max_context(available)
+        if longest:
+            found.append(
+                (f"a context of {longest} tokens (--context {longest})", needed - self.needed(longest))
+            )
+        for kv in KV_TYPES:
+            if (saves := needed - replace(self, kv=kv).needed(context)) > 0:
+                found.append((f"keys and values in {kv} (--kv {kv})", saves))
+        if self.sidecar:
+            saves = self.sizes.weights()["flash_head"] + self._logits() - 4 * self.spec.vocab_size
+            found.append(("the dense head without its sidecar (--head dense)", saves))
+        found.sort(key=lambda pair: -pair[1])
+        remedies = [
+            Remedy(f"{text} saves {size_text(saves)}", saves, needed - saves <= available)
+            for text, saves in found
+        ]
+        short = needed - available
+        remedies.append(Remedy(f"{size_text(short)} more memory, or a smaller model", short, True))
+        return tuple(remedies)
+
+
+def check_context(context: int | None, trained: int) -> None:
+    """Raises UsageError for a context that a model made for ``trained`` positions cannot have."""
+    if context is None:
+        return
+    if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= trained:
+        raise UsageError(f"context must be 2 to {trained}, which the model was made for, not {context!r}")
+
+
+def choose_context(case: Case, context: int | None) -> int:
+    """The context to load a model with: the one asked for, or (None) the longest that memory allows, at
+    most what the model was made for. Raises PlanError, with what to change, when that does not fit."""
+    available, limit = process_memory(case.threads)
+    asked = context or case.trained_context
+    if case.needed(asked) <= available:
+        return asked
+    if context is None:
+        longest = case.max_context(available)
+        if longest >= LEAST_CONTEXT:
+            return longest
+        asked = min(LEAST_CONTEXT, asked)
+    raise refusal(case, asked, available, limit)
+
+
+def refusal(case: Case, context: int, available: int, limit: str) -> PlanError:
+    """The error for a run of ``context`` tokens that needs more than ``available``."""
+    from .download import size_text
+
+    needed = case.needed(context)
+    remedies = [remedy.text for remedy in case.remedies(context, available)]
+    return PlanError(
+        f"{case.file.path} with a context of {context} tokens needs {size_text(needed)} of memory and "
+        f"{limit} leaves {size_text(max(available, 0))}; what would help: {'; or '.join(remedies)}",
+        needed,
+        available,
+        remedies,
+    )
+
+
+def usable_cpus() -> int:
+    """Processors this process may use, which is what `threads` 0 takes."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_memory(threads: int) -> tuple[int, str]:
+    """Bytes there are for a process like this one, with what its Python holds already, and what sets that
+    limit."""
+    from .platforms.detect import detect_limits, detect_memory
+
+    found = [(detect_memory().available, "the free memory of this machine")]
+    limits = detect_limits()
+    if limits.memory is not None:
+        found.append((max(limits.memory - (limits.memory_used or 0), 0), "the memory limit of its cgroup"))
+    address = _address_space_left(threads)
+    if address is not None:
+        found.append((address, "its address-space limit (ulimit -v)"))
+    left, limit = min(found)
+    return left + min(resident_bytes(), PYTHON_BYTES), limit
+
+
+def resident_bytes() -> int:
+    """Bytes of memory this process holds now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+
+def _address_space_left(threads: int) -> int | None:
+    """Without the stacks of the threads, which take addresses and hardly any memory."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit == resource.RLIM_INFINITY:
+            return None
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (ImportError, OSError, ValueError, IndexError):
+        return None
+    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    if not 0 < stack < 1 << 30:
+        stack = 8 << 20
+    return max(limit - used - (threads + 1) * stack, 0)
+
+
+def _longest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest n from 2 to ``most`` that fits, 0 when none does; what fits must fit when shorter."""
+    if not fits(2):
+        return 0
+    low, high = 2, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n

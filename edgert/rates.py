@@ -1,0 +1,116 @@
+"""How fast a machine is, as the planner asks it: measured here by the doctor, or from a platform file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .machine import Measured, attend_key, board, load_measured
+from .platforms.board import Platform
+
+# Share of a core's best int8 rate (platform files state multiply-adds a cycle) that the kernels reach by
+# weight type, one token at a time and many at once, and of its fp32 rate that attention reaches.
+DECODE_SHARE = 0.30
+PREFILL_SHARE = 0.45
+ATTEND_SHARE = 0.35
+# Seconds that a meeting of all threads costs, and a token in Python and in the sampler.
+BARRIER = 1.2e-6
+TOKEN = 60e-6
+MANY = 64  # tokens at once in the doctor's measurement of prefill
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates a second of ``threads`` threads together. ``name`` is the machine's; ``measured`` says whether
+    its arithmetic was measured (by the doctor, here) or follows from its platform file. ``bandwidth`` is
+    what they read from memory, ``lanes`` the floats of a vector at the ISA level used."""
+
+    name: str
+    measured: bool
+    threads: int
+    lanes: int
+    bandwidth: float
+    usable_memory: int
+    matmul: Mapping[str, Mapping[int, float]] = field(repr=False)
+    attend: Mapping[str, float] = field(repr=False)
+    int8: float  # multiply-adds, for weight types that were not measured
+    fp32: float
+
+    def weights(self, kind: str, tokens: int) -> float:
+        """Weights of GGML type ``kind`` a second, each multiplied with all of ``tokens`` tokens."""
+        table = self.matmul.get(kind)
+        if table:
+            nearest = min(table, key=lambda n: abs(n - tokens))
+            return table[nearest] * nearest / tokens * self.threads
+        if kind in ("F32", "F16", "BF16"):
+            return self.fp32 * ATTEND_SHARE / tokens
+        return self.int8 * (DECODE_SHARE if tokens == 1 else PREFILL_SHARE) / tokens
+
+    def pairs(self, head_dim: int, group: int) -> float:
+        """Query heads times positions a second in attention; ``group`` heads share keys and values."""
+        measured = self.attend.get(attend_key(head_dim, group))
+        if measured:
+            return measured * self.threads
+        if self.attend:  # a pair costs what its head is wide
+            sizes = [tuple(map(int, key.split("x"))) for key in self.attend]
+            dim, rows = min(sizes, key=lambda size: (abs(size[1] - group), abs(size[0] - head_dim)))
+            return self.attend[attend_key(dim, rows)] * dim / head_dim * self.threads
+        return self.fp32 * ATTEND_SHARE / (2 * head_dim)
+
+
+def rates_for(platform: str | None, threads: int) -> Rates:
+    """The rates of a board, or (None) of this machine; ``threads`` 0 takes as many as `edgert.load` would.
+    Raises UsageError for a platform nobody knows."""
+    if platform is not None:
+        found = board(platform)
+        assert found is not None  # a name that is none was refused
+        return _of_board(found, threads or found.cores, found.name)
+    from .platforms.detect import detect
+
+    machine = detect()
+    threads = threads or machine.cpu.usable
+    measured = load_measured()
+    if measured is not None:
+        return _of_measured(measured, threads, machine.cpu.model, machine.memory.total)
+    found = board() or board("x86-laptop-ddr4")
+    assert found is not None
+    return _of_board(found, threads, f"{machine.cpu.model}, unmeasured (run `edgert doctor` once)")
+
+
+def _of_measured(m: Measured, threads: int, name: str, total: int) -> Rates:
+    nearest = min(m.read, key=lambda n: (abs(n - threads), n))
+    return Rates(
+        name=f"this machine ({name})",
+        measured=True,
+        threads=threads,
+        lanes=16 if m.isa.startswith("avx512") else 8,
+        bandwidth=m.read[nearest],
+        usable_memory=total,
+        matmul=m.matmul,
+        attend=m.attend,
+        int8=4 * m.fp32 * threads,
+        fp32=m.fp32 * threads,
+    )
+
+
+def _of_board(b: Platform, threads: int, name: str) -> Rates:
+    """The fastest cores come first, one thread each; a board's bandwidth needs about half of its cores."""
+    left, int8, fp32 = threads, 0.0, 0.0
+    for cluster in b.clusters:
+        cores = min(left, cluster.cores)
+        left -= cores
+        int8 += cores * cluster.clock * cluster.int8_per_cycle / 2
+        fp32 += cores * cluster.clock * cluster.fp32_per_cycle / 2
+    needed = max(1, (b.cores + 1) // 2)
+    return Rates(
+        name=name,
+        measured=False,
+        threads=threads,
+        lanes=16 if "avx512_vnni" in b.features else 8,
+        bandwidth=b.memory.sustained * min(1.0, threads / needed),
+        usable_memory=b.memory.usable,
+        matmul={},
+        attend={},
+        int8=int8,
+        fp32=fp32,
+    )
