@@ -38,6 +38,7 @@ SPM_BYTES = 75
 # Share of the metadata's bytes that is given back once a model is loaded.
 FREED_METADATA = 0.3
 LONG_ARRAY = 4096  # elements; what describes layers is shorter
+THREAD_HEAP = 64 << 20  # addresses that glibc reserves for what a thread allocates
 READ_AHEAD = 1 << 18  # bytes of the file that each thread holds while it packs weights
 LEAST_CONTEXT = 256  # a load that may choose its context is refused below this
 
@@ -411,7 +412,7 @@ def resident_bytes() -> int:
 
 
 def _address_space_left(threads: int) -> int | None:
-    """Without the stacks of the threads, which take addresses and hardly any memory."""
+    """Without the stacks and heaps of the threads, which take addresses and hardly any memory."""
     try:
         import resource
 
@@ -424,7 +425,7 @@ def _address_space_left(threads: int) -> int | None:
     stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
     if not 0 < stack < 1 << 30:
         stack = 8 << 20
-    return max(limit - used - (threads + 1) * stack, 0)
+    return max(limit - used - (threads + 1) * (stack + THREAD_HEAP), 0)
 
 
 def _longest(most: int, fits: Callable[[int], bool]) -> int:

@@ -1,5 +1,6 @@
 #include "sizes.h"
 
+#include "formats.h"
 #include "memory.h"
 #include "scratch.h"
 
@@ -20,10 +21,10 @@ size_t Sizes::activations(uint32_t length, Head head, uint32_t probes, uint32_t 
   Scratch s(spec_, weights_, threads_);
   size_t n = Buffer::rounded(s.arena_bytes(spec_, weights_)) + s.list_bytes(weights_) +
              Scratch::partial_floats(spec_, length) * sizeof(float);
-  if (head == Head::Dense && !weights_.flash.token.empty()) n += weights_.head.rows * sizeof(float);
+  if (!weights_.flash.token.empty()) n += weights_.head.rows * sizeof(float);  // a prompt's last logits are dense
   if (head != Head::Dense)
     n += weights_.flash_units(probes, keep) * FlashHead::kUnit * (sizeof(float) + sizeof(uint32_t));
-  if (head == Head::Exact) n += weights_.head.tiles() * sizeof(float);
+  if (head == Head::Exact && find_format(weights_.head.type)) n += weights_.head.tiles() * sizeof(float);
   return n;
 }
 

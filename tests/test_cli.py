@@ -23,7 +23,7 @@ QUESTION = "Why is the sky blue?"
 STATS = re.compile(
     r"prompt \d+ tokens [\d.]+ tok/s \| generation \d+ tokens [\d.]+ tok/s \| first token [\d.]+ s \| "
     r"peak memory [\d.]+ [MG]B \| [\d.]+ [MG]B a token = [\d.]+ of the [\d.]+ GB/s this machine reads "
-    r"\(\d+%\) \| native \w+, 2 threads"
+    r"\(\d+%\) \| planned \d+ tok/s and [\d.]+ [MG]B \| native \w+, 2 threads"
 )
 
 

@@ -1,0 +1,182 @@
+"""What `edgert plan` predicts beside what runs take: ``python -m edgert.bench.plan_check``.
+
+Every row is a process of its own that loads a model as a user would, reads a prompt and generates. Memory's
+speed changes by the minute on shared machines, so it is probed before and after each row, and the time is
+predicted from the mean of both; all other rates are those that `edgert doctor` stored. Needs the sidecars
+of the heads it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgert.bench.measure import say
+from edgert.bench.text import prose
+
+from edgert import _native
+from edgert.heads import choose_sidecar
+from edgert.locate import model_path
+from edgert.planner import Case
+from edgert.rates import rates_for
+from edgert.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from edgert.rates import Rates
+
+GENERATED = 48  # tokens; a prediction is for the middle of them
+PROBE_SECONDS = 0.3
+MEMORY_SHARE, MEMORY_BYTES = 0.03, 8_000_000  # what a prediction of the peak may be off by
+DECODE_MEDIAN, DECODE_WORST = 0.12, 0.25
+
+_CHILD = """
+import json, sys
+import edgert
+path, kv, head, context, generated, ids = json.load(sys.stdin)
+with edgert.load(path, engine="native", kv=kv, head=head, context=context) as model:
+    with model.session() as session:
+        rates = []
+        for _ in range(4):
+            stats = session.generate(ids, max_tokens=generated, logit_bias=dict.fromkeys(
+                model.tokenizer.eos_ids, -1e4)).stats
+            rates.append(stats.generation_tps)
+            peak = stats.peak_memory if len(rates) == 1 else peak
+        tokens = stats.generated_tokens
+json.dump([peak, rates[1:], tokens], sys.stdout)
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Sizes in bytes, times in seconds a token, ``bandwidth`` in bytes a second."""
+
+    model: str
+    kv: str
+    head: str
+    context: int
+    planned_bytes: int
+    measured_bytes: int
+    planned_seconds: float
+    measured_seconds: float
+    bandwidth: float
+
+    @property
+    def memory_error(self) -> float:
+        return self.planned_bytes / self.measured_bytes - 1
+
+    @property
+    def memory_held(self) -> bool:
+        allowed = MEMORY_SHARE * self.measured_bytes + MEMORY_BYTES
+        return abs(self.planned_bytes - self.measured_bytes) <= allowed
+
+    @property
+    def time_error(self) -> float:
+        return self.planned_seconds / self.measured_seconds - 1
+
+
+def run(path: str, kv: str, head: str, context: int, rates: Rates) -> Row:
+    """One row: the process, and the plan for its length."""
+    file = _native.GgufFile(path)
+    case = Case.read(file, choose_sidecar(path, head, "native"), rates.lanes, rates.threads, kv, head, 0)
+    prompt = context - GENERATED
+    ids = _tokens(path, prompt)
+    before = _native.probe_read_bandwidth(rates.threads, PROBE_SECONDS)
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD],
+        input=json.dumps([path, kv, head, context, GENERATED, ids]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{path} {kv} {head} {context}: {done.stderr.strip()[-400:]}")
+    peak, speeds, generated = json.loads(done.stdout)
+    bandwidth = (before + _native.probe_read_bandwidth(rates.threads, PROBE_SECONDS)) / 2
+    plan = case.plan(prompt + generated, replace(rates, bandwidth=bandwidth), 2**62, "")
+    middle = case.plan(prompt + generated // 2, replace(rates, bandwidth=bandwidth), 2**62, "")
+    seconds = 1 / statistics.median(speeds)
+    return Row(
+        Path(path).name, kv, head, context, plan.needed, peak, middle.decode_seconds, seconds, bandwidth
+    )
+
+
+_TOKENS: dict[str, list[int]] = {}
+
+
+def _tokens(path: str, n: int) -> list[int]:
+    """``n`` tokens of prose."""
+    if path not in _TOKENS:
+        from edgert.tokenizer import Tokenizer
+
+        _TOKENS[path] = Tokenizer.from_gguf(_native.GgufFile(path).metadata).encode(prose(9000))
+    return _TOKENS[path][:n]
+
+
+def table(rows: list[Row], machine: str) -> str:
+    """Markdown, with the errors and whether the targets hold."""
+    times = sorted(abs(row.time_error) for row in rows)
+    held = sum(row.memory_held for row in rows)
+    lines = [
+        f"# What `edgert plan` says beside what runs take: {machine}",
+        "",
+        f"`python -m edgert.bench.plan_check`. Peak resident memory of a process that loads, reads a prompt "
+        f"and generates {GENERATED} tokens; median time of a token in three such generations. "
+        "Memory's speed was probed before and after each row.",
+        "",
+        f"- memory within {MEMORY_SHARE:.0%} + {MEMORY_BYTES / 1e6:.0f} MB: {held} of {len(rows)} rows",
+        f"- time of a token: off by {statistics.median(times):.1%} at the median (target "
+        f"{DECODE_MEDIAN:.0%}), {times[-1]:.1%} at worst (target {DECODE_WORST:.0%})",
+        "",
+        "| model | KV | head | context | peak planned | measured | off | token planned | measured | off "
+        "| GB/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.model} | {r.kv} | {r.head} | {r.context:,} | {r.planned_bytes / 1e6:.1f} MB "
+            f"| {r.measured_bytes / 1e6:.1f} MB | {r.memory_error:+.1%}{'' if r.memory_held else ' (!)'} "
+            f"| {r.planned_seconds * 1e3:.2f} ms | {r.measured_seconds * 1e3:.2f} ms | {r.time_error:+.1%} "
+            f"| {r.bandwidth / 1e9:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m edgert.bench.plan_check", description=__doc__)
+    parser.add_argument("-o", "--output", help="base name of the .md and .json files; default: stdout")
+    parser.add_argument("--models", default="smollm2-135m,gemma-3-270m")
+    parser.add_argument("--contexts", default="128,512,2000,4000,8000")
+    parser.add_argument("--kv", default="f16,q8")
+    parser.add_argument("--heads", default="dense,flash,exact")
+    args = parser.parse_args()
+    rates = rates_for(None, 0)
+    if not rates.measured:
+        raise SystemExit("run `edgert doctor` first: the plan needs its measurements")
+    rows: list[Row] = []
+    for model in args.models.split(","):
+        path = str(model_path(model))
+        for context in map(int, args.contexts.split(",")):
+            for kv in args.kv.split(","):
+                for head in args.heads.split(","):
+                    row = run(path, kv, head, context, rates)
+                    rows.append(row)
+                    say(
+                        f"{row.model} {kv} {head} {context}: memory {row.memory_error:+.1%}, "
+                        f"time {row.time_error:+.1%}"
+                    )
+    text = table(rows, rates.name)
+    if args.output is None:
+        print(text, end="")
+    else:
+        write_whole(Path(args.output + ".md"), [text.encode()])
+        write_whole(Path(args.output + ".json"), [json.dumps([asdict(r) for r in rows], indent=1).encode()])
+
+
+if __name__ == "__main__":
+    main()
