@@ -13,7 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,7 +149,7 @@ def table(rows: list[Row], machine: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m edgert.bench.plan_check", description=__doc__)
-    parser.add_argument("-o", "--output", help="base name of the .md and .json files; default: stdout")
+    parser.add_argument("-o", "--output", metavar="FILE.md", help="default: stdout")
     parser.add_argument("--models", default="smollm2-135m,gemma-3-270m")
     parser.add_argument("--contexts", default="128,512,2000,4000,8000")
     parser.add_argument("--kv", default="f16,q8")
@@ -174,8 +174,7 @@ def main() -> None:
     if args.output is None:
         print(text, end="")
     else:
-        write_whole(Path(args.output + ".md"), [text.encode()])
-        write_whole(Path(args.output + ".json"), [json.dumps([asdict(r) for r in rows], indent=1).encode()])
+        write_whole(Path(args.output), [text.encode()])
 
 
 if __name__ == "__main__":
