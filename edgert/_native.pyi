@@ -315,6 +315,21 @@ def probe_read_bandwidth(threads: int, seconds: float) -> float:
     Bytes per second that `threads` threads read together from memory, over about `seconds`.
     """
 
+def probe_matmul(type: str, tokens: int, threads: int, seconds: float) -> float:
+    """
+    Weights per second that `threads` threads together multiply with `tokens` tokens at once, in cache.
+    """
+
+def probe_attend(head_dim: int, group: int, threads: int, seconds: float) -> float:
+    """
+    Query heads x positions per second that `threads` threads together attend to, in cache.
+    """
+
+def probe_disk(path: str, request_bytes: int, depth: int, seconds: float) -> tuple[float, bool]:
+    """
+    (bytes per second of random reads with `depth` in flight, whether they went past the page cache).
+    """
+
 def isa_levels() -> list[str]:
     """Instruction-set levels this CPU and OS offer, best first."""
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .platforms.board import Platform
 
 VERSION = 1  # of the file; raise it when kernels or probes change so much that older figures mislead
+# What reading a file raises that `store` did not write.
 _NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 BUSY_BELOW = 0.9  # share of the processors' time that a measurement worth keeping had
 
@@ -36,7 +37,7 @@ class Measured:
 
     ``read``: threads -> bytes that they read together from memory.
     ``matmul``: GGML type -> tokens at once -> weights that a thread handles, each for all these tokens,
-    tiles in its L2. Empty on a machine without vector kernels, as are ``attend`` and ``fp32``.
+    tiles in its L2. Empty where the engine refuses to run, as is ``attend``; ``fp32`` is 0 there.
     ``attend``: :func:`attend_key` -> query heads x positions that a thread attends to in decoding, f16.
     ``fp32``: multiply-adds in float32 of a thread.
     ``disk``: empty when it could not be measured; ``disk_note`` is the sentence that says why, or what
@@ -76,14 +77,19 @@ def machine_key() -> str:
     return f"{cpu.model}, {cpu.usable} of {cpu.logical} processors" + (f", {mode}" if mode else "")
 
 
-def isa() -> str:
-    """The level in use; "scalar" also where the engine would refuse to start because there is no other.
-    Raises EngineError when EDGERT_ISA names a level this machine lacks."""
+def engine_refuses() -> bool:
+    """Whether this machine has no vector kernels and EDGERT_ISA does not ask for those it has."""
     from . import _native
 
-    if _native.isa_levels() == ["scalar"] and not os.environ.get("EDGERT_ISA"):
-        return "scalar"
-    return _native.isa_selected()
+    return _native.isa_levels() == ["scalar"] and not os.environ.get("EDGERT_ISA")
+
+
+def isa() -> str:
+    """The level in use, "scalar" also where the engine refuses to start. Raises EngineError when EDGERT_ISA
+    names a level this machine lacks."""
+    from . import _native
+
+    return "scalar" if engine_refuses() else _native.isa_selected()
 
 
 def store(measured: Measured) -> str | None:
@@ -122,24 +128,22 @@ def _measured(content: dict[str, Any]) -> Measured:
     def rates(table: Mapping[str, Any]) -> dict[int, float]:
         return {int(n): _rate(rate) for n, rate in table.items()}
 
-    fixed = {
-        "read": rates(content["read"]),
-        "matmul": {name: rates(table) for name, table in content["matmul"].items()},
-        "attend": {name: _rate(rate) for name, rate in content["attend"].items()},
-        "fp32": float(content["fp32"]),
-        "disk": tuple(
-            DiskRead(int(row["request"]), int(row["depth"]), _rate(row["rate"])) for row in content["disk"]
-        ),
-        "disk_note": str(content["disk_note"]),
-        "isa": str(content["isa"]),
-        "threads": int(content["threads"]),
-        "share": float(content["share"]),
-        "measured": int(content["measured"]),
-        "machine": str(content["machine"]),
-    }
-    if not fixed["read"] or fixed["threads"] < 1:
+    measured = Measured(
+        read=rates(content["read"]),
+        matmul={name: rates(table) for name, table in content["matmul"].items()},
+        attend={name: _rate(rate) for name, rate in content["attend"].items()},
+        fp32=float(content["fp32"]),
+        disk=tuple(DiskRead(int(d["request"]), int(d["depth"]), _rate(d["rate"])) for d in content["disk"]),
+        disk_note=str(content["disk_note"]),
+        isa=str(content["isa"]),
+        threads=int(content["threads"]),
+        share=float(content["share"]),
+        measured=int(content["measured"]),
+        machine=str(content["machine"]),
+    )
+    if not measured.read or measured.threads < 1:
         raise ValueError("nothing measured")
-    return Measured(**fixed)
+    return measured
 
 
 def _rate(value: Any) -> float:

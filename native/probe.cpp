@@ -5,20 +5,15 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <string>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include "error.h"
+#include "probe_threads.h"
 
 namespace edgert {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kChunk = size_t{1} << 20;  // read between two looks at the clock
@@ -73,12 +68,7 @@ uint64_t read_sum(const char* p, size_t n) {
 }  // namespace
 
 double probe_read_bandwidth(int threads, double seconds) {
-  if (threads < 1 || threads > 1024)
-    throw EngineError("the bandwidth probe takes 1 to 1024 threads, not " + std::to_string(threads));
-  if (!(seconds > 0.0 && seconds <= 60.0))
-    throw EngineError("the bandwidth probe takes a time above 0 and up to 60 seconds, not " +
-                      std::to_string(seconds));
-
+  check_probe("bandwidth", threads, seconds);
   const size_t bytes = buffer_bytes();
   Buffer buffer(bytes);
   const size_t slice = bytes / static_cast<size_t>(threads) / kChunk * kChunk;
@@ -86,45 +76,16 @@ double probe_read_bandwidth(int threads, double seconds) {
     throw EngineError("the bandwidth probe has " + std::to_string(bytes >> 20) + " MiB to read, too few for " +
                       std::to_string(threads) + " threads");
 
-  std::atomic<int> ready{0};
-  std::atomic<bool> go{false};
-  std::atomic<uint64_t> sink{0};
-  std::vector<double> rates(static_cast<size_t>(threads));
-  const auto work = [&](int index) {
+  std::atomic<uint64_t> sink{0};  // or the compiler would read nothing
+  return work_rate(threads, seconds, [&](int index) {
     char* const begin = buffer.data() + static_cast<size_t>(index) * slice;
     std::memset(begin, index + 1, slice);  // every page is real and local to this thread's node
-    if (ready.fetch_add(1) + 1 == threads) go.store(true, std::memory_order_release);
-    while (!go.load(std::memory_order_acquire)) std::this_thread::yield();
-    uint64_t sum = 0;
-    size_t done = 0, at = 0;
-    const auto start = Clock::now();
-    double elapsed = 0;
-    do {
-      sum += read_sum(begin + at, kChunk);
-      done += kChunk;
+    return [begin, slice, at = size_t{0}, &sink]() mutable {
+      sink.fetch_add(read_sum(begin + at, kChunk), std::memory_order_relaxed);
       at = at + kChunk == slice ? 0 : at + kChunk;
-      elapsed = std::chrono::duration<double>(Clock::now() - start).count();
-    } while (elapsed < seconds);
-    sink.fetch_add(sum);
-    rates[static_cast<size_t>(index)] = static_cast<double>(done) / elapsed;
-  };
-
-  std::vector<std::thread> pool;
-  bool failed = false;
-  try {
-    for (int i = 1; i < threads; ++i) pool.emplace_back(work, i);
-  } catch (const std::system_error&) {
-    failed = true;
-  }
-  if (!failed) work(0);
-  go.store(true, std::memory_order_release);  // lets the others end when one could not start
-  for (std::thread& t : pool) t.join();
-  if (failed)
-    throw EngineError("the operating system refused to start " + std::to_string(threads) +
-                      " threads; ask for fewer");
-  double total = 0;
-  for (double rate : rates) total += rate;
-  return total;
+      return static_cast<double>(kChunk);
+    };
+  });
 }
 
 }  // namespace edgert

@@ -21,12 +21,14 @@ from .state import Clocks, Power, detect_clocks, detect_l4t, detect_mode, detect
 
 # SMBIOS 3.6, structure type 17, byte 0x12.
 _MEMORY_TYPES = {0x1A: "DDR4", 0x1E: "LPDDR4", 0x22: "DDR5", 0x23: "LPDDR5"}
+_GUESS = "an x86 machine; which kind of memory it has is not readable"
 
 
 @dataclass(frozen=True)
 class Recognised:
     """``platform`` is the board with this machine's memory size and nothing clamped, None when none
-    matches; ``reason`` says in a clause what told it. ``mode`` is a Jetson's power mode, which need not
+    matches; ``reason`` says in a clause what told it. When ``guessed``, the platform stands for machines of
+    this kind, and its figures are no measure of this one. ``mode`` is a Jetson's power mode, which need not
     be one the platform describes; ``l4t`` its release."""
 
     platform: Platform | None
@@ -35,6 +37,7 @@ class Recognised:
     l4t: str | None
     clocks: Clocks
     power: Power
+    guessed: bool
 
 
 def detect_platform(root: Path = ROOT) -> Recognised:
@@ -42,7 +45,13 @@ def detect_platform(root: Path = ROOT) -> Recognised:
     if platform is not None:
         platform = platform.with_memory(detect_memory(root).total)
     return Recognised(
-        platform, reason, detect_mode(root), detect_l4t(root), detect_clocks(root), detect_power(root)
+        platform,
+        reason,
+        detect_mode(root),
+        detect_l4t(root),
+        detect_clocks(root),
+        detect_power(root),
+        guessed=reason == _GUESS,
     )
 
 
@@ -116,7 +125,7 @@ def _by_memory_type(boards: list[Platform], root: Path) -> tuple[Platform | None
             if kind in board.marks.memory_types:
                 return board, f"an x86 machine with {kind}"
     fallback = next(board for board in boards if board.marks.fallback)
-    return fallback, "an x86 machine; which kind of memory it has is not readable"
+    return fallback, _GUESS
 
 
 def _byte(path: Path, offset: int) -> int:

@@ -1,8 +1,9 @@
-"""What may change while a machine runs: its power mode, its clocks, and whether it runs on battery.
+"""What may change while a machine runs: its power mode, its clocks, its swap, whether it runs on battery.
 Everything is read from files that need no root; a file that is not there, or not readable, gives None."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,14 @@ class Power:
     charge: float | None = None
 
 
+@dataclass(frozen=True)
+class Swap:
+    """Bytes swapped out; ``zram`` when all that is swapped lies compressed in memory."""
+
+    used: int = 0
+    zram: bool = False
+
+
 def detect_clocks(root: Path = ROOT) -> Clocks:
     policies: list[tuple[int, int, str]] = []
     for policy in sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy[0-9]*")):
@@ -61,10 +70,16 @@ def detect_mode(root: Path = ROOT) -> str | None:
     """The name of a Jetson's power mode as its /etc/nvpmodel.conf has it; the mode it boots with where
     none was ever chosen."""
     conf = read_text(root / "etc/nvpmodel.conf")
-    names = dict(re.findall(r"^<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", conf, re.MULTILINE))
     chosen = re.search(r"pmode:(\d+)", read_text(root / "var/lib/nvpmodel/status"))
     chosen = chosen or re.search(r"^<\s*PM_CONFIG\s+DEFAULT=(\d+)\s*>", conf, re.MULTILINE)
-    return names.get(str(int(chosen[1]))) if chosen else None
+    return detect_modes(root).get(int(chosen[1])) if chosen else None
+
+
+def detect_modes(root: Path = ROOT) -> dict[int, str]:
+    """A Jetson's power modes by the number that `nvpmodel -m` takes."""
+    conf = read_text(root / "etc/nvpmodel.conf")
+    found = re.findall(r"^<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", conf, re.MULTILINE)
+    return {int(number): name for number, name in found}
 
 
 def detect_l4t(root: Path = ROOT) -> str | None:
@@ -91,6 +106,28 @@ def detect_power(root: Path = ROOT) -> Power:
         return Power(False if any(online) else None)
     on_battery = "Discharging" in states or bool(online and not any(online))
     return Power(on_battery, sum(charges) / len(charges) / 100 if charges else None)
+
+
+def detect_swap(root: Path = ROOT) -> Swap:
+    rows = [line.split() for line in read_text(root / "proc/swaps").splitlines()[1:]]
+    used = {row[0]: int(row[3]) * 1024 for row in rows if len(row) >= 4 and row[3].isdigit()}
+    names = [name for name, n in used.items() if n]
+    return Swap(sum(used.values()), bool(names) and all("/zram" in name for name in names))
+
+
+def detect_disk(directory: Path, root: Path = ROOT) -> str | None:
+    """The kind of disk a directory is on, as platform files call it; None where that cannot be told."""
+    try:
+        number = directory.stat().st_dev
+    except OSError:
+        return None
+    device = (root / f"sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    if device.name.startswith("nvme"):
+        return "nvme"
+    card = re.match(r"mmcblk\d+", device.name)
+    if card:
+        return {"SD": "sd", "MMC": "emmc"}.get(_line(root / f"sys/block/{card[0]}/device/type"))
+    return "sata" if "/ata" in str(device) else None
 
 
 def _cpus(ranges: str) -> int | None:

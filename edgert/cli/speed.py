@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgert.download import size_text
 from edgert.errors import EngineError
-from edgert.locate import cache_dir
+from edgert.machine import load_measured
 
 if TYPE_CHECKING:
     from edgert.generate import Stats
@@ -21,40 +17,13 @@ if TYPE_CHECKING:
 QUICK_PROBE = 0.15  # seconds of reading; setting up the probe's memory costs about as much again
 
 
-def probe_file() -> Path:
-    """Where `edgert doctor` leaves what it measured."""
-    return cache_dir() / "bandwidth.json"
-
-
-def machine_key() -> str:
-    """Changes when a measurement of another time no longer tells about this machine."""
-    from edgert.platforms.detect import detect_cpu
-
-    cpu = detect_cpu()
-    return f"{cpu.model}, {cpu.usable} of {cpu.logical} processors"
-
-
-def store_probe(rates: dict[int, float]) -> None:
-    """Keep bytes per second by thread count for later runs; a cache that cannot be written is no error."""
-    content = json.dumps({"machine": machine_key(), "measured": int(time.time()), "bytes_per_second": rates})
-    path = probe_file()
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-
-
 def read_bandwidth(threads: int, reached: float = 0.0) -> float:
     """Bytes per second ``threads`` threads can read: what the doctor measured, else a quick probe now.
     A measurement below what was ``reached`` was taken at a bad moment and does not count."""
-    try:
-        content = json.loads(probe_file().read_text(encoding="utf-8"))
-        rate = float(content["bytes_per_second"][str(threads)])
-        if rate > reached and content["machine"] == machine_key():
-            return rate
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    measured = load_measured()
+    rate = measured.read.get(threads, 0.0) if measured else 0.0
+    if rate > reached:
+        return rate
     from edgert import _native
 
     return _native.probe_read_bandwidth(threads, QUICK_PROBE)
