@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from cli_process import COMMAND, edgert, environment, start
 from conftest import real_model
+from machine_files import measured
 
+from edgert import machine
 from edgert.model import load
 
 QUESTION = "Why is the sky blue?"
@@ -241,34 +243,14 @@ def test_info(model: Path) -> None:
     assert facts["kv_bytes_full_context"] == 2 * 2 * 256 * (3 * 32768 + 15 * 512)
 
 
-def test_doctor_measures_and_run_takes_its_word(model: Path, tmp_path: Path) -> None:
-    done = edgert("doctor", "--json", EDGERT_CACHE=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
-    assert facts["isa"]["selected"] == facts["isa"]["available"][0]
-    assert facts["isa"]["available"][-1] == "scalar"
-    assert facts["cpu"]["usable"] == len(os.sched_getaffinity(0)) and facts["threads"] >= 1
-    assert all(1e8 < rate < 5e12 for rate in facts["read_bytes_per_second"].values())
-    assert facts["memory"]["total"] > facts["memory"]["available"] > 0
-    assert facts["engines"]["native"] and facts["cache"]["directory"] == str(tmp_path)
-    assert "tok/s" in facts["findings"][0]
-
-    forced = edgert("doctor", EDGERT_CACHE=str(tmp_path), EDGERT_ISA="scalar")
-    assert re.search(r"isa +scalar \(also possible", forced.stdout) or "isa         scalar\n" in forced.stdout
-    assert "No vector kernels in use" in forced.stdout
-
-    from edgert.cli import speed
-
-    os.environ["EDGERT_CACHE"] = str(tmp_path)
-    try:
-        speed.store_probe({2: 4e12})
-        kept = json.loads(answer(model, "--json", EDGERT_CACHE=str(tmp_path)).stdout)["stats"]
-        assert kept["machine_bytes_per_second"] == 4e12
-        speed.store_probe({2: 1e3})
-        probed = json.loads(answer(model, "--json", EDGERT_CACHE=str(tmp_path)).stdout)["stats"]
-        assert probed["machine_bytes_per_second"] > 1e8, "slower than what was reached: measured again"
-    finally:
-        del os.environ["EDGERT_CACHE"]
+def test_run_takes_the_doctors_word(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGERT_CACHE", str(tmp_path))
+    machine.store(measured(read={2: 4e12}))
+    kept = json.loads(answer(model, "--json", EDGERT_CACHE=str(tmp_path)).stdout)["stats"]
+    assert kept["machine_bytes_per_second"] == 4e12
+    machine.store(measured(read={2: 1e3}))
+    probed = json.loads(answer(model, "--json", EDGERT_CACHE=str(tmp_path)).stdout)["stats"]
+    assert probed["machine_bytes_per_second"] > 1e8, "slower than what was reached: measured again"
 
 
 def test_pull_list() -> None:

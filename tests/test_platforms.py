@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,30 @@ from edgert.platforms.detect import (
     detect_memory,
 )
 from edgert.platforms.recognise import Recognised, detect_platform
-from edgert.platforms.state import Clocks, Power, detect_clocks, detect_l4t, detect_mode, detect_power
-
-
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-V2_MOUNT = "30 24 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
+from edgert.platforms.state import (
+    Clocks,
+    Power,
+    Swap,
+    detect_clocks,
+    detect_disk,
+    detect_l4t,
+    detect_mode,
+    detect_modes,
+    detect_power,
+    detect_swap,
+)
+from machine_files import (
+    NVPMODEL_NANO,
+    V2_MOUNT,
+    X86,
+    arm_cpuinfo,
+    cpufreq,
+    device_tree,
+    meminfo,
+    orin_nano,
+    supply,
+    write,
+)
 
 
 def test_cgroup_v2_takes_the_tightest_of_the_parents(tmp_path: Path) -> None:
@@ -190,61 +203,6 @@ def test_this_machine() -> None:
 # Boards, described by the files that they have.
 
 
-def meminfo(kib: int) -> dict[str, str]:
-    return {"proc/meminfo": f"MemTotal: {kib} kB\nMemAvailable: {kib // 2} kB\nSwapFree: 0 kB\n"}
-
-
-def arm_cpuinfo(*parts: str) -> dict[str, str]:
-    cores = (f"processor\t: {i}\nFeatures\t: asimd\nCPU part\t: {p}\n" for i, p in enumerate(parts))
-    return {"proc/cpuinfo": "\n".join(cores)}
-
-
-def device_tree(*compatible: str) -> dict[str, str]:
-    return {"proc/device-tree/compatible": "".join(entry + "\0" for entry in compatible)}
-
-
-def cpufreq(policy: int, allowed: int, hardware: int, governor: str = "schedutil") -> dict[str, str]:
-    """Clocks in kHz."""
-    base = f"sys/devices/system/cpu/cpufreq/policy{policy}"
-    return {
-        f"{base}/scaling_max_freq": f"{allowed}\n",
-        f"{base}/cpuinfo_max_freq": f"{hardware}\n",
-        f"{base}/scaling_governor": f"{governor}\n",
-    }
-
-
-def supply(name: str, **files: str) -> dict[str, str]:
-    return {f"sys/class/power_supply/{name}/{key}": f"{value}\n" for key, value in files.items()}
-
-
-NVPMODEL_NANO = """
-# < POWER_MODEL ID=9 NAME=COMMENT >
-< PARAM TYPE=FILE NAME=CPU_ONLINE >
-CORE_0 /sys/devices/system/cpu/cpu0/online
-< POWER_MODEL ID=0 NAME=15W >
-CPU_ONLINE CORE_0 1
-< POWER_MODEL ID=1 NAME=25W >
-< POWER_MODEL ID=2 NAME=MAXN_SUPER >
-< PM_CONFIG DEFAULT=1 >
-"""
-
-
-def orin_nano(mode: int | None, cpu: int, memory: int) -> dict[str, str]:
-    """An Orin Nano developer kit of JetPack 6.2; clocks in kHz and Hz."""
-    files = {
-        **device_tree("nvidia,p3768-0000+p3767-0005-super", "nvidia,p3767-0005", "nvidia,tegra234"),
-        **meminfo(7_801_000),
-        **arm_cpuinfo(*6 * ["0xd42"]),
-        **cpufreq(0, cpu, 1_728_000),
-        **cpufreq(4, cpu, 1_728_000),
-        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.7, GCID: 42132812, BOARD: generic\n",
-        "etc/nvpmodel.conf": NVPMODEL_NANO,
-        "sys/devices/system/cpu/online": "0-5\n",
-        "sys/kernel/nvpmodel_clk_cap/emc": f"{memory}\n",
-    }
-    return files if mode is None else files | {"var/lib/nvpmodel/status": f"pmode:{mode:04}"}
-
-
 def found(root: Path, files: dict[str, str]) -> Recognised:
     return detect_platform(write(root, files))
 
@@ -361,9 +319,6 @@ def test_container_that_hides_the_device_tree(
     assert name_of(board) == name and board.reason.startswith("no device tree")
 
 
-X86 = {"proc/cpuinfo": "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: CPU\nflags\t: avx2\n"}
-
-
 def test_x86_laptop_on_battery(tmp_path: Path) -> None:
     board = found(
         tmp_path,
@@ -378,7 +333,7 @@ def test_x86_laptop_on_battery(tmp_path: Path) -> None:
     )
     assert name_of(board) == "x86-laptop-ddr4" and "not readable" in board.reason
     assert board.platform and board.platform.memory.total == 16 << 30
-    assert board.power == Power(True, 0.6)
+    assert board.power == Power(True, 0.6) and board.guessed
 
 
 @pytest.mark.parametrize(
@@ -390,7 +345,8 @@ def test_x86_memory_by_smbios(tmp_path: Path, kind: int, name: str) -> None:
     raw = root / "sys/firmware/dmi/entries/17-0/raw"
     raw.parent.mkdir(parents=True)
     raw.write_bytes(bytes(0x12) + bytes([kind, 0]))
-    assert name_of(detect_platform(root)) == f"x86-laptop-{name}"
+    board = detect_platform(root)
+    assert (name_of(board), board.guessed) == (f"x86-laptop-{name}", kind == 0x18)
 
 
 def test_machine_that_is_neither_arm_nor_x86(tmp_path: Path) -> None:
@@ -490,3 +446,48 @@ def test_clocks(tmp_path: Path, files: dict[str, str], clocks: Clocks) -> None:
 )
 def test_l4t(tmp_path: Path, text: str, release: str | None) -> None:
     assert detect_l4t(write(tmp_path, {"etc/nv_tegra_release": text})) == release
+
+
+SWAPS = "Filename Type Size Used Priority\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "swap"),
+    [
+        (None, Swap()),
+        ("", Swap()),
+        ("/dev/zram0 partition 100 0 5\n", Swap()),
+        ("/dev/zram0 partition 9000 2000 5\n/swapfile file 100 0 -2\n", Swap(2_048_000, True)),
+        ("/dev/zram0 partition 9000 2000 5\n/swapfile file 1000 1000 -2\n", Swap(3_072_000, False)),
+    ],
+)
+def test_swap(tmp_path: Path, rows: str | None, swap: Swap) -> None:
+    assert detect_swap(write(tmp_path, {} if rows is None else {"proc/swaps": SWAPS + rows})) == swap
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "disk"),
+    [
+        ("pci0000:00/0000:01:00.0/nvme/nvme0/nvme0n1/nvme0n1p1", "", "nvme"),
+        ("platform/mmc_host/mmc1/mmc1:aaaa/block/mmcblk1/mmcblk1p2", "SD", "sd"),
+        ("platform/mmc_host/mmc1/mmc1:aaaa/block/mmcblk1/mmcblk1p2", "MMC", "emmc"),
+        ("pci0000:00/0000:00:17.0/ata3/host2/target2:0:0/2:0:0:0/block/sda/sda2", "", "sata"),
+        ("virtio/virtio1/block/vda", "", None),
+        (None, "", None),
+    ],
+)
+def test_disk(tmp_path: Path, device: str | None, kind: str, disk: str | None) -> None:
+    root = write(tmp_path, {"sys/block/mmcblk1/device/type": f"{kind}\n"})
+    if device:
+        number = root.stat().st_dev
+        link = root / f"sys/dev/block/{os.major(number)}:{os.minor(number)}"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(f"../../devices/{device}")
+    assert detect_disk(root, root) == disk
+    assert detect_disk(root / "none", root) is None
+
+
+def test_power_modes_have_numbers(tmp_path: Path) -> None:
+    root = write(tmp_path, {"etc/nvpmodel.conf": NVPMODEL_NANO})
+    assert detect_modes(root) == {0: "15W", 1: "25W", 2: "MAXN_SUPER"}
+    assert detect_modes(tmp_path / "none") == {}

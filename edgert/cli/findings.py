@@ -188,7 +188,7 @@ def _disk(e: Examined) -> Iterator[str]:
         if storage.kind == e.disk and largest.rate < FAR_BELOW * deep:
             yield (
                 f"The disk gives {largest.rate / 1e6:.0f} MB/s where {storage.link} on this board "
-                f"carries about {deep / 1e6:.0f}: it may be a slow one, come up on a narrower link, or be busy."
+                f"carries about {deep / 1e6:.0f}: it may be slow, busy, or on a narrower link."
             )
         elif storage.kind == "nvme" and e.disk in ("sd", "emmc") and deep > 2 * largest.rate:
             card = "SD card" if e.disk == "sd" else "eMMC"
