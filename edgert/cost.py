@@ -8,7 +8,7 @@ from typing import Protocol
 
 from edgert.models.spec import ModelSpec
 
-KV_ELEMENT_BYTES = {"f16": 2}
+KV_ELEMENT_BYTES = {"f16": 2.0, "q8": 34 / 32}  # q8: 32 codes and a scale
 
 
 class SizedTensor(Protocol):

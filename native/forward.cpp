@@ -28,6 +28,7 @@ struct Decoder::Pass {
 
   const ModelSpec& s = d.spec_;
   const Kernels& k = d.kernels_;
+  const KvKernels& attn = k.kv[size_t(cache.type())];
   Scratch& sc = *d.scratch_;
   Scratch::Private& me = sc.threads[w.index()];
   bool one = n == 1;
@@ -139,18 +140,20 @@ struct Decoder::Pass {
     }
   }
 
-  // Norm and rope of one query head of token i, in place, times the attention scale and log2(e).
+  // Norm and rope of one query head of token i, in place, times the attention scale and log2(e), as the
+  // type of the cache wants it.
   void make_query(uint32_t layer, uint32_t i, uint32_t head) const {
     float* q = sc.q + size_t(i) * sc.q_cols + size_t(head) * s.head_dim;
     if (const float* norm = d.weights_.layers[layer].q_norm) k.rmsnorm(q, norm, s.norm_eps, s.head_dim, q);
     rotate(q, layer, i);
     const float scale = s.attn_scale * 1.44269504088896341f;
     for (uint32_t c = 0; c < s.head_dim; ++c) q[c] *= scale;
+    attn.code_query(q, s.head_dim);
   }
 
   // Norm and rope of one key head of token i; key and value go to their page.
   void append(uint32_t layer, uint32_t i, uint32_t head) const {
-    const uint32_t hd = s.head_dim, pos = start + i, slot = pos % kPageTokens;
+    const uint32_t hd = s.head_dim, pos = start + i;
     const size_t at = size_t(i) * sc.kv_cols + size_t(head) * hd;
     float key[kMaxHeadDim];
     if (const float* norm = d.weights_.layers[layer].k_norm)
@@ -158,12 +161,8 @@ struct Decoder::Pass {
     else
       std::memcpy(key, sc.k + at, hd * sizeof(float));
     rotate(key, layer, i);
-    // Finite whatever happens: a weight of 0 times infinity would be NaN in later tokens.
-    uint16_t half[kMaxHeadDim];
-    k.to_half(key, hd, half);
-    uint16_t* keys = cache.keys(layer, head, pos / kPageTokens);
-    for (uint32_t c = 0; c < hd; ++c) keys[c * kPageTokens + slot] = half[c];
-    k.to_half(sc.v + at, hd, cache.values(layer, head, pos / kPageTokens) + size_t(slot) * hd);
+    const uint32_t page = pos / kPageTokens;
+    attn.append(key, sc.v + at, hd, pos % kPageTokens, cache.keys(layer, head, page), cache.values(layer, head, page));
   }
 
   // Norm and rope of every head; keys and values go to their pages.
@@ -192,7 +191,7 @@ struct Decoder::Pass {
 
   void attend_chunk(uint32_t layer, uint32_t kv_head, uint32_t chunk, const Rows& r) const {
     const uint32_t window = s.layers[layer].window, base = chunk * kChunkTokens;
-    const uint16_t *keys[kChunkPages], *values[kChunkPages];
+    const uint8_t *keys[kChunkPages], *values[kChunkPages];
     uint32_t lo[kRowsAtOnce], hi[kRowsAtOnce];
     uint32_t first = kChunkTokens, last = 0;
     for (uint32_t i = 0; i < r.count; ++i) {
@@ -206,7 +205,7 @@ struct Decoder::Pass {
       keys[p] = cache.keys(layer, kv_head, base / kPageTokens + p);
       values[p] = cache.values(layer, kv_head, base / kPageTokens + p);
     }
-    k.attend({r.q, keys, values, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
+    attn.attend({r.q, keys, values, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
   }
 
   void finish_rows(const Rows& r) const {
@@ -278,7 +277,7 @@ struct Decoder::Pass {
     const uint32_t low = window && end > window ? end - window : 0;
     const uint32_t page = std::max(low, (c.first + stretch % c.chunks) * kChunkTokens) / kPageTokens;
     const size_t pages = std::min(kChunkPages - page % kChunkPages, (end - 1) / kPageTokens + 1 - page);
-    w.barrier(cache.keys(layer, stretch / c.chunks, page), std::min(kFetchAhead, pages * 32 * s.head_dim));
+    w.barrier(cache.keys(layer, stretch / c.chunks, page), std::min(kFetchAhead, pages * cache.page_bytes()));
   }
 
   void attend_one(uint32_t layer) {

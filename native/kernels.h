@@ -34,18 +34,28 @@ struct QuantActs {
   QuantActs token(uint32_t i) const { return row(i * parts); }
 };
 
+// How keys and values are kept, 16 tokens of one layer and KV head a page. F16: K
+// [head_dim][16], V [16][head_dim]. Q8: kernels_attend.h; each 32 channels of a token are int8 codes with an
+// f16 scale, 34 bytes.
+enum class KvType : uint8_t { F16, Q8 };
+
 // Attention of `rows` queries of one KV head to a run of pages of one chunk. Scores are logarithms to
 // base 2: weights are powers of 2.
 inline constexpr uint32_t kPageTokens = 16;
 inline constexpr uint32_t kChunkPages = 16;
 inline constexpr uint32_t kChunkTokens = kPageTokens * kChunkPages;
 
+// Bytes of a page's K, and of its V.
+constexpr size_t kv_page_bytes(KvType type, uint32_t head_dim) {
+  return size_t(kPageTokens) * (type == KvType::Q8 ? head_dim / 32 * 34 : head_dim * 2);
+}
+
 struct AttnChunk {
-  const float* const* q;         // [rows] pointers to head_dim floats, rotated, times the attention scale and log2(e)
-  // [kChunkPages] the pages of the chunk, f16; those with no visible token are not looked at. Pages
-  // that follow each other in memory are read as one stream, which is what memory is fastest at.
-  const uint16_t* const* keys;    // -> [head_dim][16]
-  const uint16_t* const* values;  // -> [16][head_dim]
+  const float* const* q;         // [rows] pointers to queries as code_query() left them
+  // [kChunkPages] the pages of the chunk; those with no visible token are not looked at. Pages that
+  // follow each other in memory are read as one stream, which is what memory is fastest at.
+  const uint8_t* const* keys;
+  const uint8_t* const* values;
   const uint32_t* lo;            // [rows] first visible token, relative to the chunk
   const uint32_t* hi;            // [rows] one past the last; lo == hi: the row skips the chunk
   uint32_t rows, head_dim;
@@ -53,6 +63,16 @@ struct AttnChunk {
   float* const* acc;             // [rows] -> head_dim floats: running sum of weights times V
   float* max;                    // [rows] running maximum (-inf at the start)
   float* sum;                    // [rows] running sum of weights
+};
+
+// Attention over pages of one type.
+struct KvKernels {
+  // Writes a key and a value, head_dim floats each, to place `slot` of their pages. What the type cannot
+  // hold becomes the largest number it can: a weight of 0 times infinity would be NaN in later tokens.
+  void (*append)(const float* key, const float* value, uint32_t head_dim, uint32_t slot, uint8_t* keys, uint8_t* values);
+  // Prepares a query, head_dim floats in their place: rotated, times the attention scale and log2(e).
+  void (*code_query)(float* q, uint32_t head_dim);
+  void (*attend)(const AttnChunk& c);
 };
 
 struct Kernels {
@@ -72,11 +92,9 @@ struct Kernels {
   // y = x / rms(x) * w; y may be x. n floats.
   void (*rmsnorm)(const float* x, const float* w, float eps, uint32_t n, float* y);
   void (*add)(float* x, const float* y, uint32_t n);                     // x += y
-  // n (a multiple of 16) floats as f16; what f16 cannot hold becomes its largest number.
-  void (*to_half)(const float* x, uint32_t n, uint16_t* y);
   void (*gate_silu)(const float* gate, const float* up, uint32_t n, float* y);  // silu(gate) * up
   void (*gate_gelu)(const float* gate, const float* up, uint32_t n, float* y);  // gelu_tanh(gate) * up
-  void (*attend)(const AttnChunk& c);
+  KvKernels kv[2];  // by KvType
   // Joins the running state (max, sum, acc) of a later chunk into that of the earlier ones.
   void (*merge)(float* max, float* sum, float* acc, float max2, float sum2, const float* acc2, uint32_t head_dim);
 };

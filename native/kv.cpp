@@ -9,14 +9,20 @@ namespace edgert {
 namespace {
 
 constexpr size_t kSlab = size_t(4) << 20;
-constexpr uint32_t kMagic = 0x324b4545;  // "EEK2"
+constexpr uint64_t kMagic = 0x324b4545;  // "EEK2"
+
+// What a saved cache begins with.
+uint64_t magic(KvType type) { return kMagic | uint64_t(type) << 32; }
 
 uint32_t chunks(uint32_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
 
 }  // namespace
 
-KvCache::KvCache(const ModelSpec& spec, uint32_t context)
-    : context_(context), dim_(spec.dim), page_(sizeof(uint16_t) * kPageTokens * spec.head_dim), half_(kChunkPages * page_) {
+KvCache::KvCache(const ModelSpec& spec, uint32_t context, KvType type)
+    : type_(type), context_(context), dim_(spec.dim), page_(kv_page_bytes(type, spec.head_dim)), half_(kChunkPages * page_) {
+  if (type == KvType::Q8 && spec.head_dim % 32 != 0)
+    throw EngineError("keys and values in q8 need heads of a multiple of 32 channels, not " + std::to_string(spec.head_dim) +
+                      ": use kv=\"f16\"");
   if (context == 0) throw EngineError("a session needs a context of at least 1 token");
   uint32_t convs = 0;
   for (const LayerSpec& l : spec.layers) {
@@ -128,7 +134,7 @@ void KvCache::for_used(const Class& c, uint32_t length, F&& f) const {
 std::string KvCache::save() const {
   std::string out;
   const auto put = [&](const void* p, size_t n) { out.append(static_cast<const char*>(p), n); };
-  const uint64_t head[] = {kMagic, length_, high_, classes_.size(), page_, conv_buffer_.bytes()};
+  const uint64_t head[] = {magic(type_), length_, high_, classes_.size(), page_, conv_buffer_.bytes()};
   put(head, sizeof head);
   for (const Class& c : classes_) {
     const uint64_t shape[] = {c.window, c.ring, c.piece_bytes, pieces_needed(c, high_)};
@@ -148,7 +154,9 @@ void KvCache::load(const std::string& state) {
   };
   uint64_t head[6];
   get(head, sizeof head);
-  if (head[0] != kMagic) throw EngineError("not a saved session of the native engine");
+  if (uint32_t(head[0]) != kMagic) throw EngineError("not a saved session of the native engine");
+  if (head[0] != magic(type_))
+    throw EngineError("the saved session has keys and values of another type than this one: load the model with the kv it had");
   if (head[3] != classes_.size() || head[4] != page_ || head[5] != conv_buffer_.bytes())
     throw EngineError("the saved session is of another model");
   if (head[1] > head[2] || head[2] > context_)

@@ -1,8 +1,9 @@
 // The KV cache of one sequence.
 //
-// A page is 16 tokens of one layer and KV head: K [head_dim][16] and V [16][head_dim], f16, keys
-// after rope. K is stored channel by channel so that a vector holds one channel of several tokens:
-// no horizontal sums, and a score is summed in the same order whatever the vector width.
+// A page is 16 tokens of one layer and KV head: K [head_dim][16] and V [16][head_dim], keys after rope,
+// f16 or int8 with scales (kernels.h: KvType). K is stored channel by channel so that a vector holds one
+// channel (in int8 four) of several tokens: no horizontal sums, and a score is summed in the same order
+// whatever the vector width.
 //
 // The 16 pages of a chunk (256 positions) of one layer and KV head lie together: all K, then all V.
 // So attention reads two long stretches of memory, which a core's prefetcher can follow; single
@@ -28,7 +29,10 @@ inline constexpr uint32_t kConvRing = 64;    // inputs a convolution remembers
 class KvCache {
  public:
   // At most `context` positions. Throws EngineError.
-  KvCache(const ModelSpec& spec, uint32_t context);
+  KvCache(const ModelSpec& spec, uint32_t context, KvType type = KvType::F16);
+
+  KvType type() const { return type_; }
+  size_t page_bytes() const { return page_; }  // of a page's K, and of its V
 
   uint32_t length() const { return length_; }
   uint32_t context() const { return context_; }
@@ -52,15 +56,15 @@ class KvCache {
   uint32_t rewind(uint32_t length);
 
   // Page `index` (position / 16) of an attention layer's KV head.
-  uint16_t* keys(uint32_t layer, uint32_t kv_head, uint32_t index) const {
+  uint8_t* keys(uint32_t layer, uint32_t kv_head, uint32_t index) const {
     const Place& p = places_[layer];
     const Class& c = classes_[p.cls];
     const uint32_t chunk = index / kChunkPages;
     uint8_t* piece = c.pieces[c.ring ? chunk % c.ring : chunk];
-    return reinterpret_cast<uint16_t*>(piece + p.offset + 2 * kv_head * half_ + index % kChunkPages * page_);
+    return piece + p.offset + 2 * kv_head * half_ + index % kChunkPages * page_;
   }
-  uint16_t* values(uint32_t layer, uint32_t kv_head, uint32_t index) const {
-    return keys(layer, kv_head, index) + half_ / sizeof(uint16_t);
+  uint8_t* values(uint32_t layer, uint32_t kv_head, uint32_t index) const {
+    return keys(layer, kv_head, index) + half_;
   }
   // Inputs of convolution layer `layer` at `position`: dim floats.
   float* conv_input(uint32_t layer, uint32_t position) const {
@@ -96,8 +100,9 @@ class KvCache {
   template <class F>
   void for_used(const Class& c, uint32_t length, F&& f) const;
 
+  KvType type_;
   uint32_t context_, dim_, conv_reach_ = 0;
-  size_t page_;  // bytes of a page's K, and of its V
+  size_t page_;
   size_t half_;  // bytes of a chunk's K, and of its V
   uint32_t length_ = 0;
   uint32_t high_ = 0;  // one past the highest position written since the cache was empty

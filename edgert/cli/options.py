@@ -42,7 +42,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--probes", type=int, default=0, metavar="N", help="clusters flash scores; default: the sidecar's"
     )
     load.add_argument(
-        "--kv", default="f16", metavar="TYPE", help="type of the keys and values kept; default: f16"
+        "--kv",
+        default="f16",
+        metavar="TYPE",
+        help="type of the keys and values kept: f16 (default), or q8, which halves their memory",
     )
 
     make = parser.add_argument_group("generation")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .base import Engine
 
 ENGINES = ("auto", "native", "llamacpp")
-KV_TYPES = ("f16",)
+KV_TYPES = ("f16", "q8")
 
 
 def check_options(engine: str, threads: int, kv: str) -> None:
@@ -61,9 +61,9 @@ def engine_for(
     """
     check_options(engine, threads, kv)
     if engine == "llamacpp":
-        return _open_llamacpp(file.path, threads, context)
+        return _open_llamacpp(file.path, threads, context, kv)
     try:
-        return _open_native(file, metadata, threads, sidecar, probes)
+        return _open_native(file, metadata, threads, sidecar, probes, kv)
     except UnsupportedModelError as error:
         what = f"{file.path}: the native engine cannot run this model: {error}"
         if engine == "native":
@@ -73,23 +73,28 @@ def engine_for(
                 f"{what}; install the engine that may: pip install 'edgert[llamacpp]'"
             ) from error
     try:
-        return _open_llamacpp(file.path, threads, context)
+        return _open_llamacpp(file.path, threads, context, kv)
     except EngineError as error:
         raise UnsupportedModelError(f"{what}, nor can the llamacpp engine: {error}") from error
 
 
-def _open_llamacpp(path: str, threads: int, context: int | None) -> Engine:
+def _open_llamacpp(path: str, threads: int, context: int | None, kv: str) -> Engine:
     from . import llamacpp  # here alone: whoever asks for a plan has no use for numpy
 
-    return llamacpp.open(path, threads, context)
+    return llamacpp.open(path, threads, context, kv=kv)
 
 
 def _open_native(
-    file: _native.GgufFile, metadata: Mapping[str, Any], threads: int, sidecar: Sidecar | None, probes: int
+    file: _native.GgufFile,
+    metadata: Mapping[str, Any],
+    threads: int,
+    sidecar: Sidecar | None,
+    probes: int,
+    kv: str,
 ) -> Engine:
     from .native import NativeEngine
 
-    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes)
+    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv)
 
 
 def native_spec(file: _native.GgufFile, metadata: Mapping[str, Any]) -> ModelSpec:

@@ -30,6 +30,7 @@ _SNAPSHOT = struct.Struct("<8s32sQ")  # magic, fingerprint of the model, number 
 _MAGIC = b"EDGELCP1"
 
 _LOG_ERROR = 4  # enum ggml_log_level
+_KV_TYPES = {"f16": 1, "q8": 8}  # enum ggml_type: F16, Q8_0
 
 _log_lines: deque[str] = deque(maxlen=20)
 _api: Any = None
@@ -69,16 +70,20 @@ def _reason() -> str:
 
 
 def open(  # the protocol's name for every backend
-    path: str | Path, threads: int = 0, context: int | None = None, flash_attn: bool | None = None
+    path: str | Path,
+    threads: int = 0,
+    context: int | None = None,
+    flash_attn: bool | None = None,
+    kv: str = "f16",
 ) -> LlamaCppEngine:
     """Load a GGUF file.
 
     ``threads``: 0 takes the CPUs this process may run on. ``context``: the longest session that
     may be asked for, at most what the model was made for (None). ``flash_attn``: None leaves the
-    choice to llama.cpp. Raises EngineError without llama-cpp-python or when llama.cpp refuses the
+    choice to llama.cpp, except with ``kv`` "q8", which needs it. Raises EngineError without llama-cpp-python or when llama.cpp refuses the
     model, ModelFileError when there is no such file.
     """
-    return LlamaCppEngine(Path(path), threads, context, flash_attn)
+    return LlamaCppEngine(Path(path), threads, context, flash_attn, kv)
 
 
 class LlamaCppEngine:
@@ -86,7 +91,9 @@ class LlamaCppEngine:
 
     name = "llamacpp"
 
-    def __init__(self, path: Path, threads: int, context: int | None, flash_attn: bool | None) -> None:
+    def __init__(
+        self, path: Path, threads: int, context: int | None, flash_attn: bool | None, kv: str
+    ) -> None:
         self.api = _load_api()
         if not path.is_file():
             raise ModelFileError(f"expected a GGUF file at {path}, found none; check the path", str(path))
@@ -95,7 +102,8 @@ class LlamaCppEngine:
         if threads == 0:
             affinity = getattr(os, "sched_getaffinity", None)
             threads = len(affinity(0)) if affinity else os.cpu_count() or 1
-        self.threads, self.flash_attn = threads, flash_attn
+        self.threads, self.kv = threads, kv
+        self.flash_attn = True if flash_attn is None and kv != "f16" else flash_attn
         params = self.api.llama_model_default_params()
         params.n_gpu_layers = 0
         _log_lines.clear()
@@ -138,7 +146,7 @@ class LlamaCppEngine:
         return hashlib.sha256(repr((text.value, *sizes, self._vocab)).encode()).digest()
 
     def session(self, context: int) -> LlamaCppSession:
-        """A new empty sequence. llama.cpp reserves all of ``context`` here, in f16."""
+        """A new empty sequence. llama.cpp reserves all of ``context`` here."""
         if not 1 <= context <= self._context:
             raise EngineError(f"expected a context of 1 to {self._context} positions, found {context}")
         session = LlamaCppSession(self, context)
@@ -159,7 +167,7 @@ class LlamaCppEngine:
             "version": importlib.import_module("llama_cpp").__version__,
             "isa": " ".join(f.split("=")[0].strip() for f in info.split(":", 1)[-1].split("|") if "= 1" in f),
             "threads": self.threads,
-            "kv": "f16",
+            "kv": self.kv,
             "flash_attn": flash,
         }
 
@@ -180,6 +188,7 @@ class LlamaCppSession:
         params.n_ctx = context
         params.n_threads = params.n_threads_batch = engine.threads
         params.n_outputs_max = _SCORE_BATCH
+        params.type_k = params.type_v = _KV_TYPES[engine.kv]
         # Window layers keep their window; the default of the bindings is a full cache for them.
         params.swa_full = False
         if engine.flash_attn is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from edgert import _native
 from edgert.engines.base import Ids, Logits
+from edgert.errors import UsageError
 from edgert.models import ModelSpec
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ CHUNK = 256
 class NativeSession:
     """One sequence of the native engine. See :class:`edgert.engines.base.EngineSession`."""
 
-    def __init__(self, model: _native.Model, context: int, probes: int, keep: int) -> None:
+    def __init__(self, model: _native.Model, context: int, kv: str, probes: int, keep: int) -> None:
         self._model = model
-        self._cache = _native.Cache(model, context)
+        self._cache = _native.Cache(model, context, kv)
         self._probes, self._keep = probes, keep
 
     @property
@@ -88,7 +89,8 @@ class NativeEngine:
     """A model loaded into the native core, with the FlashHead of its sidecar if there is one.
 
     ``threads`` 0 means one for each CPU this process may use; ``probes`` 0 the sidecar's own number of
-    clusters. Raises ModelFileError, UnsupportedModelError or EngineError.
+    clusters; ``kv`` is the type of the cached keys and values. Raises UsageError, ModelFileError,
+    UnsupportedModelError or EngineError.
     """
 
     name = "native"
@@ -100,8 +102,14 @@ class NativeEngine:
         threads: int = 0,
         sidecar: Sidecar | None = None,
         probes: int = 0,
+        kv: str = "f16",
     ) -> None:
-        self.spec, self.sidecar = spec, sidecar
+        if kv == "q8" and spec.head_dim % 32:
+            raise UsageError(
+                f"kv='q8' needs heads of a multiple of 32 channels, this model's have {spec.head_dim}: "
+                "use kv='f16'"
+            )
+        self.spec, self.sidecar, self.kv = spec, sidecar, kv
         self.probes, self.keep = sidecar.budget(probes) if sidecar else (0, 0)
         self._model = _native.Model(file, spec.as_dict(), threads, sidecar.file if sidecar else None)
 
@@ -114,7 +122,7 @@ class NativeEngine:
         return self.spec.context_length
 
     def session(self, context: int) -> NativeSession:
-        return NativeSession(self._model, context, self.probes, self.keep)
+        return NativeSession(self._model, context, self.kv, self.probes, self.keep)
 
     def memory(self) -> dict[str, int]:
         return self._model.memory()
@@ -125,6 +133,7 @@ class NativeEngine:
             "engine": self.name,
             "isa": model.isa,
             "threads": model.threads,
+            "kv": self.kv,
             "weight_bytes_per_step": model.step_weight_bytes,
         }
         if self.sidecar:

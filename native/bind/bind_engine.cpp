@@ -60,6 +60,12 @@ ModelSpec to_spec(nb::dict d) {
   return s;
 }
 
+KvType to_kv_type(const std::string& name) {
+  if (name == "f16") return KvType::F16;
+  if (name == "q8") return KvType::Q8;
+  throw EngineError("unknown type of keys and values: " + name);
+}
+
 Logits to_array(std::unique_ptr<float[]> data, std::initializer_list<size_t> shape) {
   float* p = data.release();
   nb::capsule owner(p, [](void* q) noexcept { delete[] static_cast<float*>(q); });
@@ -274,8 +280,10 @@ void bind_engine(nb::module_& m) {
   nb::class_<KvCache>(m, "Cache", "KV cache of one sequence.")
       .def(
           "__init__",
-          [](KvCache* self, const Decoder& d, uint32_t context) { new (self) KvCache(d.spec(), context); },
-          nb::arg("model"), nb::arg("context"))
+          [](KvCache* self, const Decoder& d, uint32_t context, const std::string& kv) {
+            new (self) KvCache(d.spec(), context, to_kv_type(kv));
+          },
+          nb::arg("model"), nb::arg("context"), nb::arg("kv") = "f16")
       .def_prop_ro("length", &KvCache::length)
       .def_prop_ro("context", &KvCache::context)
       .def_prop_ro("nbytes", &KvCache::bytes)

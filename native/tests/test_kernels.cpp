@@ -227,15 +227,6 @@ void test_vectors(const Kernels& k) {
     k.add(z.data(), w.data(), n);
     for (uint32_t i = 0; i < n; ++i) near("add", i, x[i] + w[i], z[i], 0);
 
-    if (n % 16 == 0) {
-      std::vector<uint16_t> half(n);
-      z = random_floats(n, 3);
-      z[0] = 1e6f, z[1] = -INFINITY, z[2] = 1e-7f;  // too large, too large, subnormal
-      k.to_half(z.data(), n, half.data());
-      for (uint32_t i = 0; i < n; ++i)
-        near("to_half", i, half_to_float(float_to_half(std::clamp(z[i], -65504.0f, 65504.0f))), half_to_float(half[i]), 0);
-    }
-
     std::vector<float> gate = random_floats(n, 12);
     gate[0] = -120, gate[n / 2] = 120;  // where exp would leave the floats
     for (bool gelu : {false, true}) {
@@ -253,18 +244,61 @@ void test_vectors(const Kernels& k) {
   }
 }
 
+// Pages of one head as append() fills them, and what they hold according to plain arithmetic.
+struct Pages {
+  const KvKernels& kv;
+  KvType type;
+  uint32_t head_dim;
+  size_t page;
+  std::vector<uint8_t> bytes;    // [pages] K and V
+  std::vector<double> k, v;      // [tokens][head_dim]
+
+  Pages(const Kernels& kernels, KvType t, uint32_t dim, const std::vector<float>& keys, const std::vector<float>& values)
+      : kv(kernels.kv[size_t(t)]), type(t), head_dim(dim), page(kv_page_bytes(t, dim)) {
+    const uint32_t tokens = uint32_t(keys.size() / dim);
+    bytes.resize((tokens + kPageTokens - 1) / kPageTokens * 2 * page);
+    for (uint32_t i = 0; i < tokens; ++i)
+      kv.append(&keys[size_t(i) * dim], &values[size_t(i) * dim], dim, i % kPageTokens, at(i / kPageTokens),
+                at(i / kPageTokens) + page);
+    k = kept(keys), v = kept(values);
+  }
+  uint8_t* at(uint32_t index) { return bytes.data() + index * 2 * page; }
+
+ private:
+  std::vector<double> kept(const std::vector<float>& x) const {
+    std::vector<double> out(x.size());
+    for (size_t i = 0; i < x.size(); i += 16)
+      for (size_t j = i; j < i + 16; ++j) {
+        if (type == KvType::F16) {
+          out[j] = half_to_float(float_to_half(std::clamp(x[j], -65504.0f, 65504.0f)));
+          continue;
+        }
+        float top = 0;
+        for (size_t c = j / 32 * 32; c < j / 32 * 32 + 32; ++c)
+          if (!std::isnan(x[c])) top = std::max(top, std::min(std::fabs(x[c]), 127 * 65504.0f));
+        // In float, so that what lies in the middle between two codes goes to the same.
+        const float scale = half_to_float(float_to_half(top / 127)), inverse = scale > 0 ? 1 / scale : 0;
+        const float limited = std::isnan(x[j]) ? 0 : std::clamp(x[j], -top, top);
+        out[j] = double(scale) * std::clamp(std::nearbyint(limited * inverse), -127.0f, 127.0f);
+      }
+    return out;
+  }
+};
+
 // Rows with different first and last tokens over two chunks, one of them empty in the first.
-void test_attention(const Kernels& k, uint32_t head_dim, uint32_t rows) {
-  const uint32_t tokens = 2 * kChunkTokens;
-  const size_t page_values = size_t(2) * kPageTokens * head_dim;
-  std::vector<uint16_t> cache(tokens / kPageTokens * page_values);
-  for (uint16_t& h : cache) h = float_to_half(uniform(-2, 2));
-  std::vector<float> q = random_floats(size_t(rows) * head_dim, 0.6f), acc(q.size(), NAN);
-  std::vector<float> scores(16 * kChunkTokens), max(rows, NAN), sum(rows, 0.0f);
+void test_attention(const Kernels& k, KvType type, uint32_t head_dim, uint32_t rows) {
+  const uint32_t tokens = kChunkTokens + 130;
+  const std::string what = std::string(type == KvType::Q8 ? "q8" : "f16") + " attention, head size " + std::to_string(head_dim);
+  const std::vector<float> keys = random_floats(size_t(tokens) * head_dim, 2), values = random_floats(keys.size(), 2);
+  Pages pages(k, type, head_dim, keys, values);
+  same(what + ", pages", Pages(kernels_scalar(), type, head_dim, keys, values).bytes, pages.bytes);
+  const std::vector<float> plain = random_floats(size_t(rows) * head_dim, 0.6f);
+  std::vector<float> q = plain, acc(q.size(), NAN), scores(16 * kChunkTokens), max(rows, NAN), sum(rows, 0.0f);
   std::vector<const float*> qs(rows);
   std::vector<float*> accs(rows);
   std::vector<uint32_t> begin(rows), end(rows);
   for (uint32_t r = 0; r < rows; ++r) {
+    pages.kv.code_query(q.data() + size_t(r) * head_dim, head_dim);
     qs[r] = q.data() + size_t(r) * head_dim;
     accs[r] = acc.data() + size_t(r) * head_dim;
     begin[r] = r == 1 ? kChunkTokens + 5 : rng() % 40;
@@ -272,43 +306,68 @@ void test_attention(const Kernels& k, uint32_t head_dim, uint32_t rows) {
   }
   for (uint32_t chunk = 0; chunk < 2; ++chunk) {
     const uint32_t base = chunk * kChunkTokens;
-    std::vector<const uint16_t*> keys(kChunkPages), values(kChunkPages);
+    const uint8_t *key_pages[kChunkPages], *value_pages[kChunkPages];
     for (uint32_t p = 0; p < kChunkPages; ++p) {
-      keys[p] = cache.data() + (chunk * kChunkPages + p) * page_values;
-      values[p] = keys[p] + page_values / 2;
+      key_pages[p] = pages.at(chunk * kChunkPages + p);
+      value_pages[p] = key_pages[p] + pages.page;
     }
     std::vector<uint32_t> lo(rows), hi(rows);
     for (uint32_t r = 0; r < rows; ++r) {
       lo[r] = std::min(std::max(begin[r], base) - base, kChunkTokens);
       hi[r] = std::min(std::max(end[r], base) - base, kChunkTokens);
     }
-    k.attend({qs.data(), keys.data(), values.data(), lo.data(), hi.data(), rows, head_dim, scores.data(), accs.data(),
-              max.data(), sum.data()});
+    pages.kv.attend({qs.data(), key_pages, value_pages, lo.data(), hi.data(), rows, head_dim, scores.data(), accs.data(),
+                     max.data(), sum.data()});
   }
   for (uint32_t r = 0; r < rows; ++r) {
-    std::vector<double> out(head_dim, 0.0);
+    std::vector<double> out(head_dim, 0.0), score(tokens, -INFINITY);
     double total = 0, top = -INFINITY;
-    std::vector<double> score(tokens, -INFINITY);
-    const auto key = [&](uint32_t t, uint32_t c) {
-      return half_to_float(cache[t / kPageTokens * page_values + c * kPageTokens + t % kPageTokens]);
-    };
-    const auto value = [&](uint32_t t, uint32_t c) {
-      return half_to_float(cache[t / kPageTokens * page_values + page_values / 2 + t % kPageTokens * head_dim + c]);
-    };
     for (uint32_t t = begin[r]; t < end[r]; ++t) {
       score[t] = 0;
-      for (uint32_t c = 0; c < head_dim; ++c) score[t] += double(qs[r][c]) * key(t, c);
+      for (uint32_t c = 0; c < head_dim; ++c) score[t] += double(plain[r * head_dim + c]) * pages.k[t * head_dim + c];
       top = std::max(top, score[t]);
     }
     for (uint32_t t = begin[r]; t < end[r]; ++t) {
       const double weight = std::exp2(score[t] - top);
       total += weight;
-      for (uint32_t c = 0; c < head_dim; ++c) out[c] += weight * value(t, c);
+      for (uint32_t c = 0; c < head_dim; ++c) out[c] += weight * pages.v[t * head_dim + c];
     }
-    // A score of size s carries s * 2^-24 * (a few); the softmax passes it on as a relative error.
-    for (uint32_t c = 0; c < head_dim; ++c)
-      near("attention, head size " + std::to_string(head_dim), r, out[c] / total, accs[r][c] / sum[r], 2e-5);
+    // A score of size s carries s * 2^-24 * (a few); the softmax passes it on as a relative error. For q8
+    // pages the query has two parts of int8: an error of 2^-16 of its largest value at most, which meets
+    // head_dim keys of either sign.
+    const double bound = type == KvType::F16 ? 2e-5 : 2e-5 + 2e-5 * std::sqrt(head_dim);
+    for (uint32_t c = 0; c < head_dim; ++c) near(what, r, out[c] / total, accs[r][c] / sum[r], bound);
   }
+}
+
+// What a page holds of numbers that its type can hardly hold or not at all.
+void test_append(const Kernels& k, KvType type) {
+  const uint32_t head_dim = 128;
+  std::vector<float> x = random_floats(3 * head_dim, 3);
+  x[0] = 1e9f, x[1] = -INFINITY, x[2] = 1e-7f;                       // too large, too large, subnormal
+  for (uint32_t i = 32; i < 64; ++i) x[i] = 0;                       // a block of zeros
+  for (uint32_t i = 64; i < 96; ++i) x[i] *= 3e-6f;                  // one with a subnormal scale
+  for (uint32_t i = 96; i < 128; ++i) x[i] *= 1e-9f;                 // one whose scale is zero
+  if (type == KvType::Q8) x[130] = NAN, x[170] = INFINITY;
+  Pages pages(k, type, head_dim, x, x);
+  const uint8_t *keys = pages.at(0), *values = keys + pages.page;
+  const auto half = [](const uint8_t* p, size_t i) {
+    uint16_t h;
+    std::memcpy(&h, p + 2 * i, 2);
+    return double(half_to_float(h));
+  };
+  const size_t codes = size_t(kPageTokens) * head_dim;
+  for (uint32_t t = 0; t < 3; ++t)
+    for (uint32_t c = 0; c < head_dim; ++c) {
+      double key = half(keys, c * kPageTokens + t), value = half(values, t * head_dim + c);
+      if (type == KvType::Q8) {
+        const size_t scale = c / 32 * kPageTokens + t;
+        key = half(keys + codes, scale) * int8_t(keys[(c / 4 * kPageTokens + t) * 4 + c % 4]);
+        value = half(values + codes, scale) * int8_t(values[t * head_dim + c]);
+      }
+      near("key in its page", t * head_dim + c, pages.k[t * head_dim + c], key, 0);
+      near("value in its page", t * head_dim + c, pages.v[t * head_dim + c], value, 0);
+    }
 }
 
 }  // namespace
@@ -323,8 +382,12 @@ int main() {
       for (uint32_t parts : {1u, 2u}) test_matmul(k, f.type, parts);
     for (DType t : floats) test_matmul(k, t, 1);
     test_vectors(k);
-    for (uint32_t head_dim : {16u, 48u, 64u, 256u})
-      for (uint32_t rows : {1u, 3u, 5u, 16u}) test_attention(k, head_dim, rows);
+    for (KvType type : {KvType::F16, KvType::Q8}) {
+      test_append(k, type);
+      for (uint32_t head_dim : {16u, 48u, 32u, 64u, 128u, 256u})
+        for (uint32_t rows : {1u, 3u, 5u, 8u, 16u})
+          if (type == KvType::F16 || head_dim % 32 == 0) test_attention(k, type, head_dim, rows);
+    }
     std::printf("%s: %u lanes, kernels agree\n", level, k.lanes);
   }
   return 0;
