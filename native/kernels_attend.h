@@ -113,54 +113,65 @@ struct Q8Pages {
            reinterpret_cast<uint16_t*>(values + size) + slot, kPageTokens);
   }
 
-  // A query as scores() takes it, in the place of its floats: codes in two parts, so that keys alone are
-  // coarse; the parts' scales; their sums of codes.
+  // A query as scores() takes it, in the place of its floats: codes of 16 bits, so that keys alone are
+  // coarse, in blocks of 32 with a scale.
   struct Query {
-    int8_t* q;       // [2][head_dim]
-    float* scale;    // [2][head_dim/32]
-    int32_t* sum32;  // [2][head_dim/32]
+    int8_t* quads;   // [head_dim/4][8]
+    float* scale;    // [head_dim/32]
+    int32_t* sum;    // [head_dim/32] of the block's codes
     Query(const float* place, uint32_t head_dim)
-        : q(reinterpret_cast<int8_t*>(const_cast<float*>(place))),
-          scale(reinterpret_cast<float*>(q + 2 * head_dim)),
-          sum32(reinterpret_cast<int32_t*>(scale + head_dim / 16)) {}
+        : quads(reinterpret_cast<int8_t*>(const_cast<float*>(place))),
+          scale(reinterpret_cast<float*>(quads + 2 * head_dim)),
+          sum(reinterpret_cast<int32_t*>(scale + head_dim / 32)) {}
   };
 
   static void code_query(float* query, uint32_t head_dim) {
-    constexpr uint32_t n = 2 * kMaxHeadDim;
-    int8_t q[n];
-    float scale[n / 32], fsum16[n / 16], fsum32[n / 32];
-    int32_t sum16[n / 16], sum32[n / 32];
-    quantize(query, {q, scale, sum16, sum32, fsum16, fsum32, head_dim, 2});
+    constexpr int V = 32 / L;
+    float x[kMaxHeadDim];
+    std::memcpy(x, query, head_dim * sizeof(float));
     const Query out(query, head_dim);
-    std::memcpy(out.q, q, 2 * head_dim);
-    std::memcpy(out.scale, scale, head_dim / 16 * sizeof(float));
-    std::memcpy(out.sum32, sum32, head_dim / 16 * sizeof(int32_t));
+    for (uint32_t b = 0; b < head_dim / 32; ++b) {
+      VF v[V], m = vf_zero(), sum = vf_zero();
+      unroll<V>([&](auto i) {
+        v[i] = vf_load(x + b * 32 + i * L);
+        m = vf_max(m, vf_abs(v[i]));
+      });
+      const float amax = vf_hmax(m), inv = amax > 1e-30f ? 32512.0f / amax : 0.0f;
+      int8_t hi[32], lo[32];
+      unroll<V>([&](auto i) {
+        const VF code = vf_round(vf_mul_set1(v[i], inv));
+        // A little is added so that halves go up and lo ends at 127.
+        const VF high = vf_round(vf_fma(code, vf_set1(1.0f / 256), vf_set1(1.0f / 1024)));
+        vf_store_i8(hi + i * L, high);
+        vf_store_i8(lo + i * L, vf_fma(high, vf_set1(-256.0f), code));
+        sum = vf_add(sum, code);
+      });
+      const float total = vf_hsum(sum);  // whole and below 2^24, so exact in any order
+      const bool finite = std::abs(total) <= 32 * 32512;
+      // What is no number stays none, as in quantize().
+      out.scale[b] = finite ? (amax > 1e-30f ? amax / 32512.0f : 0.0f) : NAN;
+      out.sum[b] = finite ? int32_t(total) : 0;
+      for (int j = 0; j < 32; j += 4) DotWide::pack(hi + j, lo + j, out.quads + 2 * (b * 32 + j));
+    }
   }
 
   template <int N>
   static void scores(const uint8_t* keys, const float* const* q, uint32_t head_dim, float* scores) {
-    const uint32_t blocks = head_dim / 32;
     for (int v = 0; v < PV; ++v) {
       const uint8_t* codes = keys + v * L * 4;
       const uint8_t* scale = keys + size_t(kPageTokens) * head_dim + v * L * 2;
       VF acc[N];
       unroll<N>([&](auto n) { acc[n] = vf_zero(); });
-      for (uint32_t b = 0; b < blocks; ++b, codes += 32 * kPageTokens, scale += 2 * kPageTokens) {
-        DotSigned dot[N][2];
-        unroll<8>([&](auto j) {
-          const DotSigned::Codes c(vb_load(codes + j * 4 * kPageTokens));
-          unroll<N>([&](auto n) {
-            const int8_t* x = reinterpret_cast<const int8_t*>(q[n]) + b * 32 + j * 4;
-            dot[n][0].add(c, x);
-            dot[n][1].add(c, x + head_dim);
-          });
-        });
+      for (uint32_t b = 0; b < head_dim / 32; ++b, codes += 32 * kPageTokens, scale += 2 * kPageTokens) {
+        DotWide dot[N];
+        for (uint32_t j = 0; j < 8; ++j) {
+          const DotWide::Codes c(vb_load(codes + j * 4 * kPageTokens));
+          unroll<N>([&](auto n) { dot[n].add(c, reinterpret_cast<const int8_t*>(q[n]) + b * 64 + j * 8); });
+        }
         const VF s = vf_from_f16(scale);
         unroll<N>([&](auto n) {
           const Query x(q[n], head_dim);
-          const VF first = vf_mul_set1(vf_from_vi(dot[n][0].total(x.sum32[b])), x.scale[b]);
-          const VF rest = vf_from_vi(dot[n][1].total(x.sum32[blocks + b]));
-          acc[n] = vf_fma(vf_fma(rest, vf_set1(x.scale[blocks + b]), first), s, acc[n]);
+          acc[n] = vf_fma(vf_mul_set1(vf_from_vi(dot[n].total(x.sum[b])), x.scale[b]), s, acc[n]);
         });
       }
       unroll<N>([&](auto n) { vf_store(scores + n * kChunkTokens + v * L, acc[n]); });

@@ -65,7 +65,7 @@ inline VF vf_from_high_nibbles(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(load16b(p)), 4))};
 }
 inline VF vf_from_vi(VI a) { return {_mm512_cvtepi32_ps(a.v)}; }
-// Rounds to nearest even and stores L bytes; |a| <= 127.
+// Rounds to nearest even and stores L bytes; a in [-128, 127].
 inline void vf_store_i8(int8_t* p, VF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
@@ -109,6 +109,22 @@ struct DotSigned {
   __m512i s = _mm512_setzero_si512();
   [[gnu::always_inline]] void add(const Codes& k, const int8_t* a) { s = _mm512_dpbusd_epi32(s, k.c, quad(a)); }
   [[gnu::always_inline]] VI total(int32_t sum) { return {_mm512_sub_epi32(s, _mm512_set1_epi32(128 * sum))}; }
+};
+
+struct DotWide {
+  using Codes = DotSigned::Codes;
+  DotSigned hi, lo;
+  static void pack(const int8_t* hi, const int8_t* lo, int8_t* quad) {
+    std::memcpy(quad, hi, 4);
+    std::memcpy(quad + 4, lo, 4);
+  }
+  [[gnu::always_inline]] void add(const Codes& k, const int8_t* quad) {
+    hi.add(k, quad);
+    lo.add(k, quad + 4);
+  }
+  [[gnu::always_inline]] VI total(int32_t sum) {
+    return DotSigned{_mm512_add_epi32(_mm512_slli_epi32(hi.s, 8), lo.s)}.total(sum);
+  }
 };
 
 #include "kernels_impl.h"

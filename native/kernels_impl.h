@@ -7,6 +7,8 @@
 //   vf_*, vi_*, vb_*  the primitives used below
 //   Dot<bits>, DotSigned   sums of products of codes with four activation bytes a lane: type Codes
 //                   built from a VB, add(Codes, const int8_t* quad), total(sum of the activations)
+//   DotWide         the same of signed codes with four codes of 16 bits, 256 * hi + lo, which pack() puts in a
+//                   quad of 8 bytes
 // No `#pragma once`: every ISA file includes its own copy, so no inline function is shared.
 
 // Calls f(constant<0>) ... f(constant<N-1>): indices known early, so that arrays of vectors stay in

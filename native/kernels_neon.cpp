@@ -84,7 +84,7 @@ inline VF vf_from_i8(const uint8_t* p) {
 inline VF vf_from_low_nibbles(const uint8_t* p) { return vf_from_bytes(vand_u8(vld1_u8(p), vdup_n_u8(15))); }
 inline VF vf_from_high_nibbles(const uint8_t* p) { return vf_from_bytes(vshr_n_u8(vld1_u8(p), 4)); }
 inline VF vf_from_vi(VI x) { return {vcvtq_f32_s32(x.a), vcvtq_f32_s32(x.b)}; }
-// Rounds to nearest even and stores L bytes; |x| <= 127.
+// Rounds to nearest even and stores L bytes; x in [-128, 127].
 inline void vf_store_i8(int8_t* p, VF x) {
   const int16x4_t a = vmovn_s32(vcvtnq_s32_f32(x.a)), b = vmovn_s32(vcvtnq_s32_f32(x.b));
   vst1_s8(p, vmovn_s16(vcombine_s16(a, b)));
@@ -120,6 +120,22 @@ struct DotSigned {
 };
 template <int>
 struct Dot : DotSigned {};
+
+struct DotWide {
+  using Codes = DotSigned::Codes;
+  DotSigned hi, lo;
+  static void pack(const int8_t* hi, const int8_t* lo, int8_t* quad) {
+    std::memcpy(quad, hi, 4);
+    std::memcpy(quad + 4, lo, 4);
+  }
+  [[gnu::always_inline]] void add(const Codes& k, const int8_t* quad) {
+    hi.add(k, quad);
+    lo.add(k, quad + 4);
+  }
+  [[gnu::always_inline]] VI total(int32_t) {
+    return {vaddq_s32(vshlq_n_s32(hi.a, 8), lo.a), vaddq_s32(vshlq_n_s32(hi.b, 8), lo.b)};
+  }
+};
 
 #include "kernels_impl.h"
 

@@ -78,7 +78,7 @@ inline VF vf_from_low_nibbles(const uint8_t* p) { return each([=](int i) { retur
 inline VF vf_from_high_nibbles(const uint8_t* p) { return each([=](int i) { return float(p[i] >> 4); }); }
 inline VF vf_from_vi(VI a) { return each([&](int i) { return float(a.v[i]); }); }
 inline void vf_store_i8(int8_t* p, VF a) {
-  for (int i = 0; i < L; ++i) p[i] = std::fabs(a.v[i]) <= 127 ? int8_t(a.v[i]) : int8_t(0);  // 0 for NaN too
+  for (int i = 0; i < L; ++i) p[i] = a.v[i] >= -128 && a.v[i] <= 127 ? int8_t(a.v[i]) : int8_t(0);  // 0 for NaN too
 }
 inline VI vi_sub_set1(VI a, int32_t b) {
   for (int i = 0; i < L; ++i) a.v[i] -= b;
@@ -106,6 +106,24 @@ struct DotScalar {
 template <int>
 struct Dot : DotScalar<uint8_t> {};
 struct DotSigned : DotScalar<int8_t> {};
+
+struct DotWide {
+  using Codes = DotSigned::Codes;
+  DotSigned hi, lo;
+  static void pack(const int8_t* hi, const int8_t* lo, int8_t* quad) {
+    std::memcpy(quad, hi, 4);
+    std::memcpy(quad + 4, lo, 4);
+  }
+  void add(const Codes& k, const int8_t* quad) {
+    hi.add(k, quad);
+    lo.add(k, quad + 4);
+  }
+  VI total(int32_t) {
+    VI t;
+    for (int i = 0; i < L; ++i) t.v[i] = 256 * hi.s.v[i] + lo.s.v[i];
+    return t;
+  }
+};
 
 #include "kernels_impl.h"
 
