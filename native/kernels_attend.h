@@ -11,6 +11,8 @@ constexpr int stretches(int rows) {
 
 // Pages of f16: K [head_dim][16], V [16][head_dim].
 struct F16Pages {
+  static constexpr uint32_t kAhead = 0;  // pages asked for ahead: the CPU's own prefetcher does better
+
   static void append(const float* key, const float* value, uint32_t head_dim, uint32_t slot, uint8_t* keys, uint8_t* values) {
     uint16_t half[kMaxHeadDim];
     to_half(key, head_dim, half);
@@ -78,6 +80,12 @@ struct F16Pages {
 // Pages of int8: K [head_dim/4][16][4], V [16][head_dim], each with f16 scales [head_dim/32][16] behind
 // it. The four channels of a key that lie together are what an integer dot product takes at once.
 struct Q8Pages {
+  static constexpr uint32_t kAhead = 4;  // streams half as long, of which the CPU misses a larger part
+
+  static void fetch(const uint8_t* page, uint32_t head_dim) {
+    for (size_t i = 0; i < kv_page_bytes(KvType::Q8, head_dim); i += 64) __builtin_prefetch(page + i, 0, 2);
+  }
+
   // n floats, a multiple of 32, as codes and, `stride` apart, the f16 scale of each 32. Finite whatever
   // happens: NaN becomes 0, what a scale in f16 cannot reach the largest number it can.
   static void encode(const float* x, uint32_t n, int8_t* codes, uint16_t* scales, uint32_t stride) {
@@ -238,8 +246,13 @@ void attend(const AttnChunk& c) {
     if (lo >= hi) return;
     const uint32_t first = lo / kPageTokens, last = (hi + kPageTokens - 1) / kPageTokens;
     float* scores = c.scores;
-    for (uint32_t p = first; p < last; ++p)
+    for (uint32_t p = first; p < last; ++p) {
+      if constexpr (Pages::kAhead > 0) {  // behind the keys come the values
+        const uint32_t ahead = p + Pages::kAhead;
+        Pages::fetch(ahead < last ? c.keys[ahead] : c.values[std::min(first + ahead - last, last - 1)], c.head_dim);
+      }
       Pages::template scores<N>(c.keys[p], c.q + r, c.head_dim, scores + p * kPageTokens);
+    }
     float max[N], sum[N];
     for (int n = 0; n < N; ++n) {
       float* s = scores + n * kChunkTokens;
@@ -265,8 +278,11 @@ void attend(const AttnChunk& c) {
       accp[n] = acc[n];
       std::memset(acc[n], 0, c.head_dim * sizeof(float));
     }
-    for (uint32_t p = first; p < last; ++p)
+    for (uint32_t p = first; p < last; ++p) {
+      if constexpr (Pages::kAhead > 0)
+        if (p + Pages::kAhead < last) Pages::fetch(c.values[p + Pages::kAhead], c.head_dim);
       Pages::template values<N>(c.values[p], scores + p * kPageTokens, c.head_dim, accp);
+    }
     for (int n = 0; n < N; ++n) {
       if (c.lo[r + n] >= c.hi[r + n]) continue;
       if (c.sum[r + n] == 0) {  // first chunk this row sees

@@ -41,7 +41,8 @@ def quantised(path: Path) -> frozenset[str]:
 
 class Reference:
     """``spec`` may be given to see what another description would compute from the same weights.
-    ``kv_type`` rounds keys and values as a cache of that type would; ``int8_blocks`` rounds what meets a
+    ``kv_type`` rounds keys and values as a cache of that type would ("q8": to int8 with an f16 scale for each
+    32); ``int8_blocks`` rounds what meets a
     quantised matrix to int8 in blocks of so many values, each with a scale of its own (0: not at all).
     In front of q, k and v what that leaves over is rounded the same way and added, as the native engine
     does; the head, where it does so too, is left out."""
@@ -96,6 +97,14 @@ class Reference:
         codes = np.rint(blocks * np.divide(127, top, out=np.zeros_like(top), where=top > 0))
         return (codes * (top / np.float32(127))).reshape(x.shape).astype(np.float64)
 
+    def _kept(self, x: Array) -> Array:
+        if self._kv_type != "q8":
+            return x.astype(self._kv_type).astype(np.float64)
+        blocks = x.reshape(*x.shape[:-1], -1, 32)
+        scale = (np.abs(blocks).max(-1, keepdims=True) / 127).astype(np.float16).astype(np.float64)
+        codes = np.rint(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
+        return (codes.clip(-127, 127) * scale).reshape(x.shape)
+
     def _attention(self, p: str, layer: LayerSpec, x: Array) -> Array:
         spec, n = self.spec, len(x)
         q = self._linear(x, p + "attn_q").reshape(n, spec.n_heads, spec.head_dim)
@@ -104,7 +113,7 @@ class Reference:
         if spec.qk_norm:
             q, k = self._norm(q, p + "attn_q_norm"), self._norm(k, p + "attn_k_norm")
         q, k = self._rope(layer, q), self._rope(layer, k)
-        k, v = (a.astype(self._kv_type).astype(np.float64) for a in (k, v))
+        k, v = self._kept(k), self._kept(v)
         group = spec.n_heads // layer.n_kv_heads
         scores = np.einsum("qhd,khd->hqk", q, k.repeat(group, axis=1)) * spec.attn_scale
         age = np.arange(n)[:, None] - np.arange(n)[None, :]
