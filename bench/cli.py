@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", metavar="NAME,…", help="dense, flash, exact; default: all that the model has"
     )
-    parser.add_argument("--kv", default="f16", metavar="TYPE,…", help="of the keys and values; default: f16")
+    parser.add_argument(
+        "--kv", default="f16", metavar="TYPE,…", help="of the keys and values, f16 or q8; default: f16"
+    )
     parser.add_argument(
         "--peer",
         action="append",

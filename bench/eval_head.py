@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=int, default=16, metavar="N", help="running free; default: 16")
     parser.add_argument("--probes", type=int, default=0, metavar="N", help="default: the sidecar's")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
+    parser.add_argument("--kv", default="f16", metavar="TYPE", help="f16 (default) or q8")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -43,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         text = args.file.read_text(encoding="utf-8") if args.file else prose(args.tokens)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the text {args.file}: {error}") from error
-    with load(args.model, head="flash", probes=args.probes, threads=args.threads) as model:
+    with load(args.model, head="flash", probes=args.probes, threads=args.threads, kv=args.kv) as model:
         report = evaluate(model, text, args.tokens, args.sequences)
     print(json.dumps(report, indent=1) if args.json else _text(report))
     return 0
@@ -78,7 +79,7 @@ def _along(engine: NativeEngine, ids: list[int]) -> dict[str, Any]:
     fallbacks = scored = 0
     for at in range(0, len(ids), PIECE):
         piece = ids[at : at + PIECE]
-        cache = _native.Cache(model, len(piece))
+        cache = _native.Cache(model, len(piece), engine.kv)
         states = model.hidden(cache, np.asarray(piece, np.int32))
         for i, state in enumerate(states):
             dense: Row = model.dense(state[None])[0]

@@ -42,9 +42,10 @@ def load(
     ``threads``: 0 takes as many as the machine has cores. ``context``: positions a session may
     hold; None is what the model was made for, or what memory allows when that is less (it is only
     taken as a session grows).
-    ``kv``: type of the cached keys and values ("f16"). ``head``: "dense"; "flash", which scores
-    the likely clusters of the vocabulary alone; "exact", which drafts with those and gives the dense
-    head's tokens; or "auto", flash where the model has a sidecar (``edgert export``), else dense.
+    ``kv``: type of the cached keys and values, "f16" or "q8" (int8, half the memory). ``head``: "dense";
+    "flash", which scores the likely clusters of the vocabulary alone; "exact", which drafts with those and
+    gives the dense head's tokens; or "auto", flash where the model has a sidecar (``edgert export``), else
+    dense.
     ``probes``: clusters that flash scores (0: the sidecar's number). Raises UsageError,
     ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is
     allocated, when the model with a session of ``context`` does not fit the memory there is.

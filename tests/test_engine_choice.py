@@ -100,7 +100,7 @@ def test_a_known_architecture_with_missing_keys(tmp_path: Path) -> None:
         ("threads", 10**6, "threads must be 0"),
         ("threads", 1.5, "threads must be 0"),
         ("threads", True, "threads must be 0"),
-        ("kv", "f64", "expected one of f16"),
+        ("kv", "f64", "expected one of f16, q8"),
         ("context", 0, "context must be 2 to 8192"),
         ("context", -5, "context must be 2 to 8192"),
         ("context", 8193, "context must be 2 to 8192"),

@@ -52,6 +52,20 @@ def test_prefill_then_steps_give_what_score_gives(engine: llamacpp.LlamaCppEngin
     assert (np.array(rows).argmax(1) == scored[5:].argmax(1)).mean() > 0.8
 
 
+def test_keys_and_values_in_q8(engine: llamacpp.LlamaCppEngine) -> None:
+    half = engine.session(64)
+    expected, before = half.score(TOKENS), half.snapshot()
+    small = llamacpp.open(real_model("smollm2-135m"), threads=1, kv="q8")
+    assert small.describe()["kv"] == "q8" and small.describe()["flash_attn"] == "on"
+    session = small.session(64)
+    found = session.score(TOKENS)
+    assert session.state_bytes() < 0.6 * half.state_bytes()
+    assert 0 < np.sqrt(((found - expected) ** 2).mean()) < 0.3
+    with pytest.raises(EngineError, match=r"refuses the snapshot: .*type"):
+        session.restore(before)
+    small.close()
+
+
 def test_prefill_longer_than_a_batch(engine: llamacpp.LlamaCppEngine) -> None:
     parts, session = engine.session(64), engine.session(64)
     parts.prefill(TOKENS[:5]), parts.prefill(TOKENS[5:10])

@@ -80,8 +80,8 @@ def open(  # the protocol's name for every backend
 
     ``threads``: 0 takes the CPUs this process may run on. ``context``: the longest session that
     may be asked for, at most what the model was made for (None). ``flash_attn``: None leaves the
-    choice to llama.cpp, except with ``kv`` "q8", which needs it. Raises EngineError without llama-cpp-python or when llama.cpp refuses the
-    model, ModelFileError when there is no such file.
+    choice to llama.cpp, except with ``kv`` "q8", which needs it. Raises EngineError without
+    llama-cpp-python or when llama.cpp refuses the model, ModelFileError when there is no such file.
     """
     return LlamaCppEngine(Path(path), threads, context, flash_attn, kv)
 
