@@ -6,9 +6,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from edgert.errors import UsageError
 from edgert.models.spec import ModelSpec
 
 KV_ELEMENT_BYTES = {"f16": 2.0, "q8": 34 / 32}  # q8: 32 codes and a scale
+KV_CHANNELS = {"f16": 1, "q8": 32}  # what the channels of a head must be a multiple of
+
+
+def check_kv(spec: ModelSpec, kv: str) -> None:
+    """Raises UsageError when the heads of a model do not fit the type of keys and values."""
+    if spec.head_dim % KV_CHANNELS[kv]:
+        raise UsageError(
+            f"kv={kv!r} needs heads of a multiple of {KV_CHANNELS[kv]} channels, this model's have "
+            f"{spec.head_dim}: use kv='f16'"
+        )
 
 
 class SizedTensor(Protocol):

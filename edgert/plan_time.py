@@ -34,7 +34,7 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
     spec, sizes = case.spec, case.sizes
     body = _roofline("body", sizes.step_body_bytes, _seconds_of_body(case, rates, 1), rates.bandwidth)
     attention = _roofline(
-        "attention", sizes.kv_step(length, length), _pairs(case, length, rates), rates.bandwidth
+        "attention", sizes.kv_step(length, length, case.kv), _pairs(case, length, rates), rates.bandwidth
     )
     fixed = TOKEN + BARRIERS * spec.n_layers * BARRIER * (rates.threads > 1)
     steps = [body, attention]

@@ -213,11 +213,13 @@ class Case:
         probes: int,
     ) -> Case:
         """Options are checked by the caller; ``lanes`` and ``threads`` 0 are those that would run here.
-        Raises ModelFileError, UnsupportedModelError."""
+        Raises ModelFileError, UnsupportedModelError; UsageError when ``kv`` cannot hold the heads."""
+        from .cost import check_kv
         from .engines import native_spec
 
         threads = threads or usable_cpus()
         spec = native_spec(file, Header(file))
+        check_kv(spec, kv)
         if head == "auto":
             head = "flash" if sidecar else "dense"
         tensors = tuple((t.name, t.type, _product(t.shape)) for t in file.tensors)
@@ -255,7 +257,7 @@ class Case:
         return tuple(p for p in parts if p.bytes)
 
     def _kv(self, context: int) -> list[Part]:
-        shares, conv = self.sizes.kv(context, context)
+        shares, conv = self.sizes.kv(context, context, self.kv)
         layers = [layer.window for layer in self.spec.layers if layer.kind == "attention"]
         parts = []
         for window, size in shares:
@@ -311,6 +313,7 @@ class Case:
 
     def remedies(self, context: int, available: int) -> tuple[Remedy, ...]:
         """What to change when ``context`` tokens do not fit, what saves most first; none when they do."""
+        from .cost import KV_CHANNELS
         from .engines import KV_TYPES
 
         needed = self.needed(context)
@@ -327,6 +330,8 @@ class Case:
                 (f"a context of {longest} tokens (--context {longest})", needed - self.needed(longest))
             )
         for kv in KV_TYPES:
+            if self.spec.head_dim % KV_CHANNELS[kv]:
+                continue
             if (saves := needed - replace(self, kv=kv).needed(context)) > 0:
                 found.append((f"keys and values in {kv} (--kv {kv})", saves))
         if self.sidecar:

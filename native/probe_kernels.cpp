@@ -117,10 +117,10 @@ double probe_attend(int head_dim, int group, int threads, double seconds) {
             scores = std::move(scores), lo = std::vector<uint32_t>(rows, 0),
             hi = std::vector<uint32_t>(rows, kChunkTokens), max = std::vector<float>(rows),
             sum = std::vector<float>(rows)]() mutable {
-      const uint16_t *keys[kChunkPages], *values[kChunkPages];
+      const uint8_t *keys[kChunkPages], *values[kChunkPages];
       for (uint32_t p = 0; p < kChunkPages; ++p) {
-        keys[p] = pages.data() + size_t{p} * kPageTokens * dim;
-        values[p] = keys[p] + size_t{kChunkTokens} * dim;
+        keys[p] = reinterpret_cast<const uint8_t*>(pages.data() + size_t{p} * kPageTokens * dim);
+        values[p] = keys[p] + size_t{kChunkTokens} * dim * sizeof(uint16_t);
       }
       const float* queries[64];
       float* accs[64];
@@ -130,7 +130,8 @@ double probe_attend(int head_dim, int group, int threads, double seconds) {
         max[r] = -INFINITY;
         sum[r] = 0;
       }
-      k.attend({queries, keys, values, lo.data(), hi.data(), rows, dim, scores.data(), accs, max.data(), sum.data()});
+      k.kv[size_t(KvType::F16)].attend(
+          {queries, keys, values, lo.data(), hi.data(), rows, dim, scores.data(), accs, max.data(), sum.data()});
       return static_cast<double>(rows) * kChunkTokens;
     };
   });

@@ -21,7 +21,7 @@ class Sizes {
   enum class Head { Dense, Flash, Exact };
   size_t activations(uint32_t length, Head head, uint32_t probes, uint32_t keep) const;
   // An empty KV cache of at most `context` positions: it says what it will take.
-  KvCache kv(uint32_t context) const { return {spec_, context}; }
+  KvCache kv(uint32_t context, KvType type) const { return {spec_, context, type}; }
 
  private:
   ModelSpec spec_;

@@ -47,14 +47,14 @@ def test_auto_falls_back_to_llamacpp(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = mystery(tmp_path / "m.gguf")
     opened: list[Any] = []
 
-    def fake_open(*args: Any) -> Any:
-        opened.append(args)
+    def fake_open(*args: Any, kv: str) -> Any:
+        opened.append((*args, kv))
         return "the engine"
 
     monkeypatch.setattr(engines, "find_spec", lambda _: "found")
     monkeypatch.setattr(engines.llamacpp, "open", fake_open)
-    assert open_engine(path, threads=2, context=32) == "the engine"
-    assert opened == [(str(path), 2, 32)]
+    assert open_engine(path, threads=2, context=32, kv="q8") == "the engine"
+    assert opened == [(str(path), 2, 32, "q8")]
 
 
 def test_without_llamacpp_architecture_and_remedy_are_named(

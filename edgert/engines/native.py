@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgert import _native
+from edgert.cost import check_kv
 from edgert.engines.base import Ids, Logits
-from edgert.errors import UsageError
 from edgert.models import ModelSpec
 
 if TYPE_CHECKING:
@@ -104,11 +104,7 @@ class NativeEngine:
         probes: int = 0,
         kv: str = "f16",
     ) -> None:
-        if kv == "q8" and spec.head_dim % 32:
-            raise UsageError(
-                f"kv='q8' needs heads of a multiple of 32 channels, this model's have {spec.head_dim}: "
-                "use kv='f16'"
-            )
+        check_kv(spec, kv)
         self.spec, self.sidecar, self.kv = spec, sidecar, kv
         self.probes, self.keep = sidecar.budget(probes) if sidecar else (0, 0)
         self._model = _native.Model(file, spec.as_dict(), threads, sidecar.file if sidecar else None)

@@ -254,19 +254,21 @@ void bind_engine(nb::module_& m) {
           "Bytes of the buffers of a pass and of the head (dense, flash or exact) after `length` positions.")
       .def(
           "kv",
-          [](const Sizes& s, uint32_t context, uint32_t length) {
-            const KvCache cache = s.kv(context);
+          [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv) {
+            const KvCache cache = s.kv(context, to_kv_type(kv));
             std::vector<std::pair<uint32_t, size_t>> shares;
             for (const KvCache::Share& share : cache.shares_at(length)) shares.emplace_back(share.window, share.bytes);
             return std::make_pair(shares, cache.conv_bytes());
           },
-          nb::arg("context"), nb::arg("length"),
+          nb::arg("context"), nb::arg("length"), nb::arg("kv"),
           "Bytes of a cache of at most `context` positions that holds `length`:\n(window, bytes) of the layers that "
           "share a window (0: none), and those of the convolutions.")
       .def(
           "kv_step",
-          [](const Sizes& s, uint32_t context, uint32_t length) { return s.kv(context).step_bytes_at(length); },
-          nb::arg("context"), nb::arg("length"), "Bytes that a step reads of it.");
+          [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv) {
+            return s.kv(context, to_kv_type(kv)).step_bytes_at(length);
+          },
+          nb::arg("context"), nb::arg("length"), nb::arg("kv"), "Bytes that a step reads of it.");
 
   m.def(
       "allocated",
