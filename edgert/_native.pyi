@@ -320,7 +320,7 @@ def probe_matmul(type: str, tokens: int, threads: int, seconds: float) -> float:
     Weights per second that `threads` threads together multiply with `tokens` tokens at once, in cache.
     """
 
-def probe_attend(head_dim: int, group: int, threads: int, seconds: float) -> float:
+def probe_attend(kv: str, head_dim: int, group: int, threads: int, seconds: float) -> float:
     """
     Query heads x positions per second that `threads` threads together attend to, in cache.
     """

@@ -16,7 +16,7 @@ from .locate import cache_dir
 if TYPE_CHECKING:
     from .platforms.board import Platform
 
-VERSION = 1  # of the file; raise it when kernels or probes change so much that older figures mislead
+VERSION = 2  # of the file; raise it when kernels or probes change so much that older figures mislead
 # What reading a file raises that `store` did not write.
 _NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 BUSY_BELOW = 0.9  # share of the processors' time that a measurement worth keeping had
@@ -38,7 +38,7 @@ class Measured:
     ``read``: threads -> bytes that they read together from memory.
     ``matmul``: GGML type -> tokens at once -> weights that a thread handles, each for all these tokens,
     tiles in its L2. Empty where the engine refuses to run, as is ``attend``; ``fp32`` is 0 there.
-    ``attend``: :func:`attend_key` -> query heads x positions that a thread attends to in decoding, f16.
+    ``attend``: :func:`attend_key` -> query heads x positions that a thread attends to in decoding.
     ``fp32``: multiply-adds in float32 of a thread.
     ``disk``: empty when it could not be measured; ``disk_note`` is the sentence that says why, or what
     is special about the figures.
@@ -58,9 +58,10 @@ class Measured:
     machine: str  # machine_key() of then
 
 
-def attend_key(head_dim: int, group: int) -> str:
-    """How ``Measured.attend`` names heads of ``head_dim``, of which ``group`` share keys and values."""
-    return f"{head_dim}x{group}"
+def attend_key(kv: str, head_dim: int, group: int) -> str:
+    """How ``Measured.attend`` names heads of ``head_dim``, of which ``group`` share keys and values of the
+    type ``kv``."""
+    return f"{kv} {head_dim}x{group}"
 
 
 def measured_file() -> Path:

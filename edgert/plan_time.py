@@ -91,7 +91,9 @@ def _pairs(case: Case, length: int, rates: Rates) -> float:
     for layer in spec.layers:
         if layer.kind == "attention":
             seen = min(length, layer.window or length)
-            seconds += spec.n_heads * seen / rates.pairs(spec.head_dim, spec.n_heads // layer.n_kv_heads)
+            seconds += (
+                spec.n_heads * seen / rates.pairs(case.kv, spec.head_dim, spec.n_heads // layer.n_kv_heads)
+            )
     return seconds
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from . import _native
+from .engines import KV_TYPES
 from .errors import EngineError
 from .locate import cache_dir
 from .machine import DiskRead, Measured, attend_key, engine_refuses, isa, machine_key
@@ -69,9 +70,9 @@ def probe(machine: Machine, progress: Callable[[str], None]) -> Measured:
             matmul[name] = {tokens: weights(name, tokens) for tokens in TOKENS}
         fp32 = weights("F32", TOKENS[-1]) * TOKENS[-1]
         progress("attention")
-        for dim, group in product(HEAD_DIMS, GROUPS):
-            total = meter.best(threads, _native.probe_attend, dim, group, threads, KERNEL_SECONDS)
-            attend[attend_key(dim, group)] = total / threads
+        for kv, dim, group in product(KV_TYPES, HEAD_DIMS, GROUPS):
+            total = meter.best(threads, _native.probe_attend, kv, dim, group, threads, KERNEL_SECONDS)
+            attend[attend_key(kv, dim, group)] = total / threads
         meter.settle()
     disk, note = probe_disk(cache_dir(), progress)
     return Measured(

@@ -46,15 +46,12 @@ class Rates:
             return self.fp32 * ATTEND_SHARE / tokens
         return self.int8 * (DECODE_SHARE if tokens == 1 else PREFILL_SHARE) / tokens
 
-    def pairs(self, head_dim: int, group: int) -> float:
+    def pairs(self, kv: str, head_dim: int, group: int) -> float:
         """Query heads times positions a second in attention; ``group`` heads share keys and values."""
-        measured = self.attend.get(attend_key(head_dim, group))
-        if measured:
-            return measured * self.threads
-        if self.attend:  # a pair costs what its head is wide
-            sizes = [tuple(map(int, key.split("x"))) for key in self.attend]
+        sizes = [tuple(map(int, key.split()[1].split("x"))) for key in self.attend if key.startswith(kv)]
+        if sizes:  # a pair costs what its head is wide
             dim, rows = min(sizes, key=lambda size: (abs(size[1] - group), abs(size[0] - head_dim)))
-            return self.attend[attend_key(dim, rows)] * dim / head_dim * self.threads
+            return self.attend[attend_key(kv, dim, rows)] * dim / head_dim * self.threads
         return self.fp32 * ATTEND_SHARE / (2 * head_dim)
 
 

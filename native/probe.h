@@ -2,6 +2,7 @@
 // All throw EngineError for threads < 1 or > 1024, for seconds not in (0, 60], and when memory or threads
 // cannot be had. Each takes about `seconds` of wall time and leaves nothing behind.
 #pragma once
+#include "kernels.h"
 
 #include <cstdint>
 #include <string>
@@ -18,8 +19,8 @@ double probe_read_bandwidth(int threads, double seconds);
 double probe_matmul(const std::string& type, int tokens, int threads, double seconds);
 
 // Query heads times positions per second that `threads` threads together attend to, one token in a full
-// chunk of f16 keys and values that `group` (1 to 64) query heads of `head_dim` share.
-double probe_attend(int head_dim, int group, int threads, double seconds);
+// chunk of keys and values of `type` that `group` (1 to 64) query heads of `head_dim` share.
+double probe_attend(KvType type, int head_dim, int group, int threads, double seconds);
 
 struct DiskRate {
   double bytes_per_second;

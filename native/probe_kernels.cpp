@@ -99,28 +99,35 @@ double probe_matmul(const std::string& type_name, int tokens, int threads, doubl
   });
 }
 
-double probe_attend(int head_dim, int group, int threads, double seconds) {
+double probe_attend(KvType type, int head_dim, int group, int threads, double seconds) {
   check_probe("attention", threads, seconds);
   if (head_dim < 16 || head_dim % 16 != 0 || head_dim > static_cast<int>(kMaxHeadDim))
     throw EngineError("head_dim of the attention probe must be a multiple of 16 up to " +
                       std::to_string(kMaxHeadDim) + ", not " + std::to_string(head_dim));
+  if (type == KvType::Q8 && head_dim % 32 != 0)
+    throw EngineError("q8 keys and values want a head_dim that is a multiple of 32, not " + std::to_string(head_dim));
   check_range("group of the attention probe", group, 64);
   const Kernels& k = kernels_for(isa_select());
   const auto dim = static_cast<uint32_t>(head_dim), rows = static_cast<uint32_t>(group);
   return work_rate(threads, seconds, [&](int index) {
     std::mt19937 rng(static_cast<uint32_t>(index));
-    const std::vector<float> numbers = random_floats(rng, size_t{2} * kChunkTokens * dim);
-    std::vector<uint16_t> pages(numbers.size());  // all keys, then all values, as the cache has them
-    std::transform(numbers.begin(), numbers.end(), pages.begin(), float_to_half);
+    const size_t page = kv_page_bytes(type, dim);
+    std::vector<uint8_t> pages(2 * kChunkPages * page);  // all keys, then all values, as the cache has them
+    for (uint32_t t = 0; t < kChunkTokens; ++t) {
+      const std::vector<float> key = random_floats(rng, dim), value = random_floats(rng, dim);
+      uint8_t* keys = pages.data() + t / kPageTokens * page;
+      k.kv[size_t(type)].append(key.data(), value.data(), dim, t % kPageTokens, keys, keys + kChunkPages * page);
+    }
     std::vector<float> q = random_floats(rng, size_t{rows} * dim), acc(q.size()), scores(16 * kChunkTokens);
-    return [&k, dim, rows, pages = std::move(pages), q = std::move(q), acc = std::move(acc),
+    for (uint32_t r = 0; r < rows; ++r) k.kv[size_t(type)].code_query(q.data() + size_t{r} * dim, dim);
+    return [&k, type, dim, rows, page, pages = std::move(pages), q = std::move(q), acc = std::move(acc),
             scores = std::move(scores), lo = std::vector<uint32_t>(rows, 0),
             hi = std::vector<uint32_t>(rows, kChunkTokens), max = std::vector<float>(rows),
             sum = std::vector<float>(rows)]() mutable {
       const uint8_t *keys[kChunkPages], *values[kChunkPages];
       for (uint32_t p = 0; p < kChunkPages; ++p) {
-        keys[p] = reinterpret_cast<const uint8_t*>(pages.data() + size_t{p} * kPageTokens * dim);
-        values[p] = keys[p] + size_t{kChunkTokens} * dim * sizeof(uint16_t);
+        keys[p] = pages.data() + p * page;
+        values[p] = keys[p] + kChunkPages * page;
       }
       const float* queries[64];
       float* accs[64];
@@ -130,7 +137,7 @@ double probe_attend(int head_dim, int group, int threads, double seconds) {
         max[r] = -INFINITY;
         sum[r] = 0;
       }
-      k.kv[size_t(KvType::F16)].attend(
+      k.kv[size_t(type)].attend(
           {queries, keys, values, lo.data(), hi.data(), rows, dim, scores.data(), accs, max.data(), sum.data()});
       return static_cast<double>(rows) * kChunkTokens;
     };

@@ -83,7 +83,7 @@ def measured(**changes: Any) -> machine.Measured:
     values: dict[str, Any] = {
         "read": {1: 15e9, 2: 20e9},
         "matmul": {"Q4_0": {1: 5e10, 8: 1e10, 64: 2e9}, "Q8_0": {1: 4e10, 8: 1e10, 64: 2e9}},
-        "attend": {"64x1": 1e8, "128x4": 5e7},
+        "attend": {"f16 64x1": 1e8, "q8 128x4": 5e7},
         "fp32": 2e10,
         "disk": (machine.DiskRead(16 << 10, 1, 2e8), machine.DiskRead(1 << 20, 8, 3e9)),
         "disk_note": "",

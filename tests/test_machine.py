@@ -190,7 +190,8 @@ def test_probe(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = probe.probe(here, told.append)
     assert set(found.read) == set(probe.thread_counts(here))
     assert set(found.matmul) == set(probe.TYPES) and set(found.matmul["Q4_0"]) == {1, 8, 64}
-    assert machine.attend_key(64, 4) == "64x4" and "64x4" in found.attend and len(found.attend) == 12
+    assert machine.attend_key("q8", 64, 4) == "q8 64x4" and len(found.attend) == 24
+    assert {"f16 64x4", "q8 64x4"} <= set(found.attend)
     assert (found.isa, found.threads, found.machine) == (machine.isa(), here.threads, machine.machine_key())
     assert 0 < found.share <= 1 and found.fp32 > 0
     assert len(found.disk) == 8 or found.disk_note

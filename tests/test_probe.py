@@ -100,8 +100,9 @@ def test_matmul_is_plausible(monkeypatch: pytest.MonkeyPatch, level: str, name: 
         assert 32 * many > one, "tokens share the work of unpacking a weight"
 
 
-def test_attention_is_plausible() -> None:
-    rates = {(d, g): best(_native.probe_attend, d, g, 1) for d, g in ((64, 1), (64, 4), (256, 4))}
+@pytest.mark.parametrize("kv", ["f16", "q8"])
+def test_attention_is_plausible(kv: str) -> None:
+    rates = {(d, g): best(_native.probe_attend, kv, d, g, 1) for d, g in ((64, 1), (64, 4), (256, 4))}
     assert all(1e4 < rate < 1e12 for rate in rates.values())
     assert rates[64, 4] > 1.5 * rates[256, 4], "four times the work"
 
@@ -109,7 +110,7 @@ def test_attention_is_plausible() -> None:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
 def test_two_threads_do_more() -> None:
     """Or nearly as much, when another process has one of the processors."""
-    for call, args in ((_native.probe_matmul, ("Q4_0", 1)), (_native.probe_attend, (64, 3))):
+    for call, args in ((_native.probe_matmul, ("Q4_0", 1)), (_native.probe_attend, ("q8", 64, 3))):
         assert best(call, *args, 2) > 0.8 * best(call, *args, 1)
 
 
@@ -132,16 +133,18 @@ def test_absurd_matmul_probes_are_refused(arguments: tuple[str, int, int, float]
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((0, 1, 1, 0.1), "multiple of 16 up to 256, not 0"),
-        ((24, 1, 1, 0.1), "not 24"),
-        ((512, 1, 1, 0.1), "not 512"),
-        ((64, 0, 1, 0.1), "group .* 1 to 64, not 0"),
-        ((64, 65, 1, 0.1), "not 65"),
-        ((64, 1, 2000, 0.1), "not 2000"),
-        ((64, 1, 1, -1.0), "above 0"),
+        (("f16", 0, 1, 1, 0.1), "multiple of 16 up to 256, not 0"),
+        (("f16", 24, 1, 1, 0.1), "not 24"),
+        (("q8", 48, 1, 1, 0.1), "multiple of 32, not 48"),
+        (("q3", 64, 1, 1, 0.1), "unknown type of keys and values: q3"),
+        (("f16", 512, 1, 1, 0.1), "not 512"),
+        (("f16", 64, 0, 1, 0.1), "group .* 1 to 64, not 0"),
+        (("f16", 64, 65, 1, 0.1), "not 65"),
+        (("f16", 64, 1, 2000, 0.1), "not 2000"),
+        (("f16", 64, 1, 1, -1.0), "above 0"),
     ],
 )
-def test_absurd_attention_probes_are_refused(arguments: tuple[int, int, int, float], says: str) -> None:
+def test_absurd_attention_probes_are_refused(arguments: tuple[str, int, int, int, float], says: str) -> None:
     with pytest.raises(EngineError, match=says):
         _native.probe_attend(*arguments)
 

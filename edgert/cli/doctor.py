@@ -169,7 +169,8 @@ def _print(facts: dict[str, Any]) -> None:
         row("arithmetic", f"float32: {measured['fp32'] * threads / 1e9:.0f} G multiply-adds/s")
     for key, rate in measured["attend"].items():
         if key.endswith("x4"):
-            row("attention", f"{key[:-2]} wide heads: {rate * threads / 1e6:.0f} M positions/s")
+            kv, size = key.split()
+            row("attention", f"{size[:-2]} wide heads, {kv}: {rate * threads / 1e6:.0f} M positions/s")
     for one, deep in zip(measured["disk"][::2], measured["disk"][1::2], strict=True):
         row(
             "disk",

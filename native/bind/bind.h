@@ -2,6 +2,13 @@
 #pragma once
 #include <nanobind/nanobind.h>
 
+#include <string>
+
+#include "kernels.h"
+
+// The type named "f16" or "q8". Throws EngineError.
+edgert::KvType to_kv_type(const std::string& name);
+
 void bind_errors(nanobind::module_& m);
 void bind_gguf(nanobind::module_& m);
 void bind_sampler(nanobind::module_& m);

@@ -60,12 +60,6 @@ ModelSpec to_spec(nb::dict d) {
   return s;
 }
 
-KvType to_kv_type(const std::string& name) {
-  if (name == "f16") return KvType::F16;
-  if (name == "q8") return KvType::Q8;
-  throw EngineError("unknown type of keys and values: " + name);
-}
-
 Logits to_array(std::unique_ptr<float[]> data, std::initializer_list<size_t> shape) {
   float* p = data.release();
   nb::capsule owner(p, [](void* q) noexcept { delete[] static_cast<float*>(q); });
@@ -188,6 +182,12 @@ Sizes::Head head_named(const std::string& name) {
 }
 
 }  // namespace
+
+KvType to_kv_type(const std::string& name) {
+  if (name == "f16") return KvType::F16;
+  if (name == "q8") return KvType::Q8;
+  throw EngineError("unknown type of keys and values: " + name);
+}
 
 void bind_engine(nb::module_& m) {
   nb::class_<Decoder>(m, "Model", "Packed weights of one model and the forward pass over them.")

@@ -19,8 +19,14 @@ void bind_probe(nb::module_& m) {
   m.def("probe_matmul", &edgert::probe_matmul, nb::arg("type"), nb::arg("tokens"), nb::arg("threads"),
         nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>(),
         "Weights per second that `threads` threads together multiply with `tokens` tokens at once, in cache.");
-  m.def("probe_attend", &edgert::probe_attend, nb::arg("head_dim"), nb::arg("group"), nb::arg("threads"),
-        nb::arg("seconds"), nb::call_guard<nb::gil_scoped_release>(),
+  m.def(
+      "probe_attend",
+      [](const std::string& kv, int head_dim, int group, int threads, double seconds) {
+        const edgert::KvType type = to_kv_type(kv);
+        nb::gil_scoped_release release;
+        return edgert::probe_attend(type, head_dim, group, threads, seconds);
+      },
+      nb::arg("kv"), nb::arg("head_dim"), nb::arg("group"), nb::arg("threads"), nb::arg("seconds"),
         "Query heads x positions per second that `threads` threads together attend to, in cache.");
   m.def(
       "probe_disk",
