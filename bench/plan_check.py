@@ -1,9 +1,10 @@
 """What `edgert plan` predicts beside what runs take: ``python -m edgert.bench.plan_check``.
 
-Every row is a process of its own that loads a model as a user would, reads a prompt and generates. Memory's
-speed changes by the minute on shared machines, so it is probed before and after each row, and the time is
-predicted from the mean of both; all other rates are those that `edgert doctor` stored. Needs the sidecars
-of the heads it is asked for.
+Every row is a process of its own that loads a model as a user would, reads a prompt and generates, six times
+more for the time. Memory's speed changes by the minute on shared machines, so it is probed between the
+generations, and the time of each is predicted from the probes around it; those between which it changed do
+not count, of the others the median does. All other rates are those that `edgert doctor` stored. Needs the
+sidecars of the heads it is asked for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from edgert.bench.text import prose
 from edgert import _native
 from edgert.heads import choose_sidecar
 from edgert.locate import model_path
+from edgert.plan_time import decode_steps
 from edgert.planner import Case
 from edgert.rates import rates_for
 from edgert.whole_file import write_whole
@@ -31,25 +33,28 @@ if TYPE_CHECKING:
     from edgert.rates import Rates
 
 GENERATED = 48  # tokens; a prediction is for the middle of them
-PROBE_SECONDS = 0.3
+PROBE_SECONDS = 0.15
 MEMORY_SHARE, MEMORY_BYTES = 0.03, 8_000_000  # what a prediction of the peak may be off by
 DECODE_MEDIAN, DECODE_WORST = 0.12, 0.25
 
 _CHILD = """
 import json, sys
 import edgert
-path, kv, head, context, generated, ids = json.load(sys.stdin)
-with edgert.load(path, engine="native", kv=kv, head=head, context=context) as model:
+from edgert import _native
+path, kv, head, context, generated, ids, threads, seconds = json.load(sys.stdin)
+with edgert.load(path, engine="native", kv=kv, head=head, context=context, threads=threads) as model:
     with model.session() as session:
-        rates = []
-        for _ in range(4):
-            stats = session.generate(ids, max_tokens=generated, logit_bias=dict.fromkeys(
-                model.tokenizer.eos_ids, -1e4)).stats
-            rates.append(stats.generation_tps)
-            peak = stats.peak_memory if len(rates) == 1 else peak
-        tokens = stats.generated_tokens
-json.dump([peak, rates[1:], tokens], sys.stdout)
+        stats = session.generate(ids, max_tokens=generated).stats
+        peak, rounds = stats.peak_memory, []
+        before = _native.probe_read_bandwidth(threads, seconds)
+        for _ in range(6):
+            speed = session.generate(ids, max_tokens=generated).stats.generation_tps
+            after = _native.probe_read_bandwidth(threads, seconds)
+            rounds.append([1 / speed, before, after])
+            before = after
+json.dump([peak, rounds, stats.generated_tokens], sys.stdout)
 """
+STEADY = 0.1  # by how much the probes around a generation may differ
 
 
 @dataclass(frozen=True)
@@ -85,25 +90,28 @@ def run(path: str, kv: str, head: str, context: int, rates: Rates) -> Row:
     file = _native.GgufFile(path)
     case = Case.read(file, choose_sidecar(path, head, "native"), rates.lanes, rates.threads, kv, head, 0)
     prompt = context - GENERATED
-    ids = _tokens(path, prompt)
-    before = _native.probe_read_bandwidth(rates.threads, PROBE_SECONDS)
+    job = [path, kv, head, context, GENERATED, _tokens(path, prompt), rates.threads, PROBE_SECONDS]
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD],
-        input=json.dumps([path, kv, head, context, GENERATED, ids]),
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", _CHILD], input=json.dumps(job), capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(f"{path} {kv} {head} {context}: {done.stderr.strip()[-400:]}")
-    peak, speeds, generated = json.loads(done.stdout)
-    bandwidth = (before + _native.probe_read_bandwidth(rates.threads, PROBE_SECONDS)) / 2
-    plan = case.plan(prompt + generated, replace(rates, bandwidth=bandwidth), 2**62, "")
-    middle = case.plan(prompt + generated // 2, replace(rates, bandwidth=bandwidth), 2**62, "")
-    seconds = 1 / statistics.median(speeds)
-    return Row(
-        Path(path).name, kv, head, context, plan.needed, peak, middle.decode_seconds, seconds, bandwidth
-    )
+    peak, rounds, generated = json.loads(done.stdout)
+    steady = [r for r in rounds if abs(r[1] - r[2]) <= STEADY * r[1]]
+    if not steady:
+        say("memory's speed changed within every generation: the nearest one is taken")
+        steady = [min(rounds, key=lambda r: abs(r[1] - r[2]) / r[1])]
+    planned = case.needed(prompt + generated)
+
+    def predicted(bandwidth: float) -> float:
+        steps = decode_steps(case, replace(rates, bandwidth=bandwidth), prompt + generated // 2)
+        return sum(step.seconds for step in steps)
+
+    pairs = sorted((predicted((r[1] + r[2]) / 2) / r[0], r) for r in steady)
+    _, (seconds, before, after) = pairs[len(pairs) // 2]
+    bandwidth = (before + after) / 2
+    name = Path(path).name
+    return Row(name, kv, head, context, planned, peak, predicted(bandwidth), seconds, bandwidth)
 
 
 _TOKENS: dict[str, list[int]] = {}
@@ -126,8 +134,8 @@ def table(rows: list[Row], machine: str) -> str:
         f"# What `edgert plan` says beside what runs take: {machine}",
         "",
         f"`python -m edgert.bench.plan_check`. Peak resident memory of a process that loads, reads a prompt "
-        f"and generates {GENERATED} tokens; median time of a token in three such generations. "
-        "Memory's speed was probed before and after each row.",
+        f"and generates {GENERATED} tokens; then the time of a token in six more generations, predicted from "
+        "memory's speed around each: the median of those between which that speed held.",
         "",
         f"- memory within {MEMORY_SHARE:.0%} + {MEMORY_BYTES / 1e6:.0f} MB: {held} of {len(rows)} rows",
         f"- time of a token: off by {statistics.median(times):.1%} at the median (target "

@@ -1,5 +1,5 @@
 """The time a run will take, part by part: bytes over the bandwidth of memory or operations over the rate of
-the processor, whichever is longer (a roofline, Williams et al. 2009)."""
+the processor, whichever is longer (a roofline, Williams et al. 2009), except for attention."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
     """One token with ``length`` positions in the cache."""
     spec, sizes = case.spec, case.sizes
     body = _roofline("body", sizes.step_body_bytes, _seconds_of_body(case, rates, 1), rates.bandwidth)
-    attention = _roofline(
-        "attention", sizes.kv_step(length, length, case.kv), _pairs(case, length, rates), rates.bandwidth
-    )
+    # Pages are short: what they cost in arithmetic hides little of the reading (measured: the sum).
+    read, pairs = sizes.kv_step(length, length, case.kv), _pairs(case, length, rates)
+    waits = "memory" if read / rates.bandwidth >= pairs else "arithmetic"
+    attention = Step("attention", read / rates.bandwidth + pairs, read, waits)
     fixed = TOKEN + BARRIERS * spec.n_layers * BARRIER * (rates.threads > 1)
     steps = [body, attention]
     if case.head == "dense":
@@ -75,12 +76,12 @@ def _seconds_of_body(case: Case, rates: Rates, tokens: int) -> float:
     )
 
 
-def _dense_head(case: Case, rates: Rates, tokens: int) -> Step:
+def _dense_head(case: Case, rates: Rates, tokens: int, parts: int = 2) -> Step:
+    """The whole head for ``tokens`` tokens, whose input has ``parts`` int8 parts."""
     sizes = case.sizes
     name = "token_embd.weight" if case.spec.tied_head else "output.weight"
     kind = next(kind for tensor, kind, _ in case.tensors if tensor == name)
-    # The head's input has two int8 parts: twice the arithmetic.
-    arithmetic = 2 * case.spec.vocab_size * case.spec.dim / rates.weights(kind, tokens)
+    arithmetic = parts * case.spec.vocab_size * case.spec.dim / rates.weights(kind, tokens)
     return _roofline("head", sizes.step_weight_bytes - sizes.step_body_bytes, arithmetic, rates.bandwidth)
 
 
@@ -104,7 +105,7 @@ def _exact(case: Case, rates: Rates, flash: list[Step]) -> list[Step]:
 
     agreement = (case.sidecar and case.sidecar.agreement) or 0.99
     tokens = LONGEST if agreement >= 1 else (1 - agreement**LONGEST) / (1 - agreement)
-    whole = _dense_head(case, rates, LONGEST)
+    whole = _dense_head(case, rates, LONGEST, parts=1)
     drafts = LONGEST / tokens
     steps = [Step(s.name, s.seconds * drafts, round(s.bytes * drafts), s.limit) for s in flash]
     return [*steps, Step("confirming", whole.seconds / tokens, round(whole.bytes / tokens), whole.limit)]

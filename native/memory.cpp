@@ -13,7 +13,7 @@ namespace {
 constexpr size_t kHuge = size_t(2) << 20;
 
 // Small buffers stay on small pages: rounding them up to 2 MiB would be memory nobody asked for.
-size_t alignment(size_t bytes) { return bytes >= 2 * kHuge ? kHuge : 4096; }
+size_t alignment(size_t bytes) { return bytes >= kHuge ? kHuge : 4096; }
 
 std::mutex& ledger_guard() {
   static std::mutex m;
