@@ -17,7 +17,9 @@ CHUNK = 256  # tokens of a prefill pass: weights are read once for so many
 BARRIERS = 6  # of a layer in decoding
 # How reading and computing overlap in a part: 1 would be not at all, infinity is the roofline (Williams et
 # al. 2009). With fast memory neither hides the other, as plan_check's table shows.
-OVERLAP = 1.5
+OVERLAP = 1.2
+# Share of the longest block that the exact head drafts on average: its length follows the agreement.
+BLOCK = 0.7
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,13 @@ def _pairs(case: Case, length: int, rates: Rates) -> float:
 
 def _exact(case: Case, rates: Rates, flash: list[Step]) -> list[Step]:
     """A token of the exact head: drafts of a block with flash, then the whole head once for the block. With
-    agreement a, a block of L drafts gives (1 - a**L) / (1 - a) tokens."""
+    agreement a, a block of L drafts gives (1 - a**L) / (1 - a) tokens; L is shorter at times."""
     from .heads import LONGEST
 
     agreement = (case.sidecar and case.sidecar.agreement) or 0.99
     tokens = LONGEST if agreement >= 1 else (1 - agreement**LONGEST) / (1 - agreement)
     whole = _dense_head(case, rates, LONGEST, parts=1)
     drafts = LONGEST / tokens
+    tokens *= BLOCK
     steps = [Step(s.name, s.seconds * drafts, round(s.bytes * drafts), s.limit) for s in flash]
     return [*steps, Step("confirming", whole.seconds / tokens, round(whole.bytes / tokens), whole.limit)]

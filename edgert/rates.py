@@ -14,12 +14,12 @@ DECODE_SHARE = 0.30
 PREFILL_SHARE = 0.45
 ATTEND_SHARE = 0.35
 # Seconds that a meeting of all threads costs, and a token in Python and in the sampler.
-BARRIER = 0.6e-6
-TOKEN = 60e-6
+BARRIER = 1.5e-6
+TOKEN = 150e-6
 # Bytes a second that a thread reads of small pieces that lie anywhere, whatever memory could give.
 SCATTERED = 10e9
 # The kernels read ahead better than the doctor's probe, which adds up one stretch.
-READS = 1.1
+READS = 1.25
 MANY = 64  # tokens at once in the doctor's measurement of prefill
 
 
