@@ -77,7 +77,7 @@ def test_as_dict_is_plain() -> None:
     plain = tiny("lfm2").spec.as_dict()
     assert plain["layers"][2] == {
         "kind": "attention",
-        "n_kv_heads": 2,
+        "n_kv_heads": 1,
         "window": 0,
         "rope_base": 1000000.0,
         "rope_scale": 1.0,
