@@ -7,6 +7,7 @@ measured constants for Python, its libraries and the tokenizer. Time is an estim
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -216,13 +217,14 @@ class Case:
         Raises ModelFileError, UnsupportedModelError; UsageError when ``kv`` cannot hold the heads."""
         from .cost import check_kv
         from .engines import native_spec
+        from .platforms.detect import detect_threads
 
-        threads = threads or usable_cpus()
+        threads = threads or detect_threads()
         spec = native_spec(file, Header(file))
         check_kv(spec, kv)
         if head == "auto":
             head = "flash" if sidecar else "dense"
-        tensors = tuple((t.name, t.type, _product(t.shape)) for t in file.tensors)
+        tensors = tuple((t.name, t.type, math.prod(t.shape)) for t in file.tensors)
         sizes = _native.Sizes(file, spec.as_dict(), threads, sidecar.file if sidecar else None, lanes)
         budget = sidecar.budget(probes) if sidecar else (0, 0)
         return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head)
@@ -385,11 +387,6 @@ def refusal(case: Case, context: int, available: int, limit: str) -> PlanError:
     )
 
 
-def usable_cpus() -> int:
-    """Processors this process may use, which is what `threads` 0 takes."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def process_memory(threads: int) -> tuple[int, str]:
     """Bytes there are for a process like this one, with what its Python holds already, and what sets that
     limit."""
@@ -397,8 +394,8 @@ def process_memory(threads: int) -> tuple[int, str]:
 
     found = [(detect_memory().available, "the free memory of this machine")]
     limits = detect_limits()
-    if limits.memory is not None:
-        found.append((max(limits.memory - (limits.memory_used or 0), 0), "the memory limit of its cgroup"))
+    if limits.memory_left is not None:
+        found.append((limits.memory_left, "the memory limit of its cgroup"))
     address = _address_space_left(threads)
     if address is not None:
         found.append((address, "its address-space limit (ulimit -v)"))
@@ -442,10 +439,3 @@ def _longest(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from .machine import Measured, attend_key, board, load_measured
 from .platforms.board import Platform
 
-# Share of a core's best int8 rate (platform files state multiply-adds a cycle) that the kernels reach by
-# weight type, one token at a time and many at once, and of its fp32 rate that attention reaches.
+# Share of a core's best rate that the kernels reach, as they did on an AMD EPYC with AVX-512 VNNI: of int8
+# with one token at a time, with many at once, and of fp32 in attention.
 DECODE_SHARE = 0.30
 PREFILL_SHARE = 0.45
 ATTEND_SHARE = 0.35
@@ -69,7 +69,7 @@ def rates_for(platform: str | None, threads: int) -> Rates:
     from .platforms.detect import detect
 
     machine = detect()
-    threads = threads or machine.cpu.usable
+    threads = threads or machine.threads
     measured = load_measured()
     if measured is not None:
         return _of_measured(measured, threads, machine.cpu.model, machine.memory.total)

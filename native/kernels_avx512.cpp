@@ -111,21 +111,10 @@ struct DotSigned {
   [[gnu::always_inline]] VI total(int32_t sum) { return {_mm512_sub_epi32(s, _mm512_set1_epi32(128 * sum))}; }
 };
 
-struct DotWide {
-  using Codes = DotSigned::Codes;
-  DotSigned hi, lo;
-  static void pack(const int8_t* hi, const int8_t* lo, int8_t* quad) {
-    std::memcpy(quad, hi, 4);
-    std::memcpy(quad + 4, lo, 4);
-  }
-  [[gnu::always_inline]] void add(const Codes& k, const int8_t* quad) {
-    hi.add(k, quad);
-    lo.add(k, quad + 4);
-  }
-  [[gnu::always_inline]] VI total(int32_t sum) {
-    return DotSigned{_mm512_add_epi32(_mm512_slli_epi32(hi.s, 8), lo.s)}.total(sum);
-  }
-};
+inline DotSigned high_low(const DotSigned& hi, const DotSigned& lo) {
+  return {_mm512_add_epi32(_mm512_slli_epi32(hi.s, 8), lo.s)};
+}
+#include "kernels_dot_wide.h"
 
 #include "kernels_impl.h"
 

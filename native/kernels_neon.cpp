@@ -121,21 +121,10 @@ struct DotSigned {
 template <int>
 struct Dot : DotSigned {};
 
-struct DotWide {
-  using Codes = DotSigned::Codes;
-  DotSigned hi, lo;
-  static void pack(const int8_t* hi, const int8_t* lo, int8_t* quad) {
-    std::memcpy(quad, hi, 4);
-    std::memcpy(quad + 4, lo, 4);
-  }
-  [[gnu::always_inline]] void add(const Codes& k, const int8_t* quad) {
-    hi.add(k, quad);
-    lo.add(k, quad + 4);
-  }
-  [[gnu::always_inline]] VI total(int32_t) {
-    return {vaddq_s32(vshlq_n_s32(hi.a, 8), lo.a), vaddq_s32(vshlq_n_s32(hi.b, 8), lo.b)};
-  }
-};
+inline DotSigned high_low(const DotSigned& hi, const DotSigned& lo) {
+  return {vaddq_s32(vshlq_n_s32(hi.a, 8), lo.a), vaddq_s32(vshlq_n_s32(hi.b, 8), lo.b)};
+}
+#include "kernels_dot_wide.h"
 
 #include "kernels_impl.h"
 

@@ -107,23 +107,12 @@ template <int>
 struct Dot : DotScalar<uint8_t> {};
 struct DotSigned : DotScalar<int8_t> {};
 
-struct DotWide {
-  using Codes = DotSigned::Codes;
-  DotSigned hi, lo;
-  static void pack(const int8_t* hi, const int8_t* lo, int8_t* quad) {
-    std::memcpy(quad, hi, 4);
-    std::memcpy(quad + 4, lo, 4);
-  }
-  void add(const Codes& k, const int8_t* quad) {
-    hi.add(k, quad);
-    lo.add(k, quad + 4);
-  }
-  VI total(int32_t) {
-    VI t;
-    for (int i = 0; i < L; ++i) t.v[i] = 256 * hi.s.v[i] + lo.s.v[i];
-    return t;
-  }
-};
+inline DotSigned high_low(const DotSigned& hi, const DotSigned& lo) {
+  DotSigned d;
+  for (int i = 0; i < L; ++i) d.s.v[i] = 256 * hi.s.v[i] + lo.s.v[i];
+  return d;
+}
+#include "kernels_dot_wide.h"
 
 #include "kernels_impl.h"
 

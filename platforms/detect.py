@@ -82,12 +82,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the cgroups of this process allow; None is no limit. ``version`` is 2, 1 or 0 (none seen)."""
+    """What the cgroups of this process allow; None is no limit. ``version`` is 2, 1 or 0 (none seen).
+    ``memory_used`` is without the file cache, which the system gives back on demand."""
 
     version: int = 0
     cpus: float | None = None
     memory: int | None = None
     memory_used: int | None = None
+
+    @property
+    def memory_left(self) -> int | None:
+        """Bytes that can still be taken, None without a limit."""
+        return None if self.memory is None else max(self.memory - (self.memory_used or 0), 0)
 
 
 @dataclass(frozen=True)
@@ -100,18 +106,24 @@ class Machine:
     @property
     def threads(self) -> int:
         """Threads worth starting: one per physical core this process may use, within its CPU quota."""
-        threads = min(self.cpu.cores, self.cpu.usable)
-        if self.limits.cpus is not None:
-            threads = min(threads, math.ceil(self.limits.cpus))
-        return max(threads, 1)
+        return _threads(self.cpu.cores, self.cpu.usable, self.limits.cpus)
 
     @property
     def available_memory(self) -> int:
         """Bytes this process can still take: the system's and the cgroup's, whichever is less."""
-        if self.limits.memory is None:
-            return self.memory.available
-        left = max(self.limits.memory - (self.limits.memory_used or 0), 0)
-        return min(self.memory.available, left)
+        left = self.limits.memory_left
+        return self.memory.available if left is None else min(self.memory.available, left)
+
+
+def _threads(cores: int, usable: int, quota: float | None) -> int:
+    threads = min(cores, usable)
+    return max(threads if quota is None else min(threads, math.ceil(quota)), 1)
+
+
+def detect_threads(root: Path = ROOT) -> int:
+    """:attr:`Machine.threads` without looking at all else of the machine."""
+    usable = usable_processors()
+    return _threads(_physical_cores(root) or usable, usable, detect_limits(root).cpus)
 
 
 def detect(root: Path = ROOT) -> Machine:
@@ -123,7 +135,7 @@ def detect_cpu(root: Path = ROOT) -> Cpu:
     info = _cpuinfo(root)
     logical = os.cpu_count() or 1
     cores = _physical_cores(root) or logical
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
+    usable = usable_processors()
     model = info.get("model name", "")
     flags = (info.get("flags") or info.get("Features") or "").split()
     if not model:  # boards name themselves in the device tree
@@ -132,6 +144,11 @@ def detect_cpu(root: Path = ROOT) -> Cpu:
         model, flags = _slow_cpuinfo(model, flags)
     features = tuple(f for f in RELEVANT_FEATURES if f in flags)
     return Cpu(model, platform.machine(), logical, min(cores, logical), usable, features, _caches(root))
+
+
+def usable_processors() -> int:
+    """Processors that may run this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def detect_memory(root: Path = ROOT) -> Memory:
@@ -172,7 +189,7 @@ def detect_limits(root: Path = ROOT) -> Limits:
                 limit = read_text(directory / "memory.max").strip()
                 if limit.isdigit():
                     memory.append(int(limit))
-                    used = _tightest(memory, used, directory / "memory.current")
+                    used = _tightest(memory, used, directory, "memory.current", "")
         elif kind == "cgroup" and "cpu" in names and "cpu" in groups:
             for directory in _upward(root, mount_root, mount_point, groups["cpu"]):
                 quota = read_text(directory / "cpu.cfs_quota_us").strip()
@@ -184,18 +201,26 @@ def detect_limits(root: Path = ROOT) -> Limits:
                 limit = read_text(directory / "memory.limit_in_bytes").strip()
                 if limit.isdigit() and int(limit) < 1 << 60:  # v1 writes "no limit" as a huge number
                     memory.append(int(limit))
-                    used = _tightest(memory, used, directory / "memory.usage_in_bytes")
+                    used = _tightest(memory, used, directory, "memory.usage_in_bytes", "total_")
     has_v1 = any(kind == "cgroup" and {"cpu", "memory"} & set(names) for kind, names, *_ in mounts)
     version = 1 if has_v1 else 2 if mounts else 0
     return Limits(version, min(cpus, default=None), min(memory, default=None), used)
 
 
-def _tightest(memory: list[int], used: int | None, current: Path) -> int | None:
-    """Use of the group whose limit, the last of ``memory``, is the smallest so far."""
+def _tightest(memory: list[int], used: int | None, directory: Path, current: str, prefix: str) -> int | None:
+    """Use of the group whose limit, the last of ``memory``, is the smallest so far, without the file cache
+    that memory.stat counts under names with ``prefix``: reading a model fills it, and it gives way."""
     if memory[-1] > min(memory):
         return used
-    text = read_text(current).strip()
-    return int(text) if text.isdigit() else None
+    text = read_text(directory / current).strip()
+    if not text.isdigit():
+        return None
+    cached = 0
+    for line in read_text(directory / "memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name in (f"{prefix}inactive_file", f"{prefix}active_file") and value.strip().isdigit():
+            cached += int(value)
+    return max(int(text) - cached, 0)
 
 
 def _cgroup_mounts(root: Path) -> Iterator[tuple[str, list[str], str, str]]:

@@ -145,20 +145,26 @@ def _cgroup(name: str, limit: int) -> Path | None:
 
 
 @pytest.mark.parametrize("share", [1.05, 0.8])
-def test_under_a_cgroup_limit_a_run_finishes_or_is_refused(share: float) -> None:
+def test_under_a_cgroup_limit_a_run_finishes_or_is_refused(share: float, tmp_path: Path) -> None:
+    """The model is copied inside the group, so that the file cache fills it: that is no reason to refuse."""
     path, context = real_model("smollm2-135m"), 4000
     needed = edgert.plan(path, context=context, threads=2).needed
     group = _cgroup(f"edgert-test-{os.getpid()}", int(share * needed))
     if group is None:
         pytest.skip("no right to make a cgroup here; the address-space test covers the refusal")
-    enter = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\n"
+    copy = tmp_path / "copy.gguf"
+    enter = (
+        f"import os, shutil\nopen({str(group / 'cgroup.procs')!r}, 'w').write('0')\n"
+        f"shutil.copyfile({str(path)!r}, {str(copy)!r})\nos.sync()\n"
+    )
     try:
-        done = run_child(path, "dense", "f16", context, limit=enter)
+        done = run_child(copy, "dense", "f16", context, limit=enter)
         if share > 1:
             assert done.returncode == 0, done.stderr
         else:
             assert done.returncode == 1 and "PlanError" in done.stderr and "cgroup" in done.stderr
     finally:
+        copy.unlink(missing_ok=True)
         group.rmdir()
 
 

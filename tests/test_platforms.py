@@ -16,6 +16,8 @@ from edgert.platforms.detect import (
     detect_cpu,
     detect_limits,
     detect_memory,
+    detect_threads,
+    usable_processors,
 )
 from edgert.platforms.recognise import Recognised, detect_platform
 from edgert.platforms.state import (
@@ -53,12 +55,15 @@ def test_cgroup_v2_takes_the_tightest_of_the_parents(tmp_path: Path) -> None:
             "sys/fs/cgroup/user/cpu.max": "150000 100000\n",
             "sys/fs/cgroup/user/memory.max": "1000000000\n",
             "sys/fs/cgroup/user/memory.current": "400000000\n",
+            "sys/fs/cgroup/user/memory.stat": "file 9\ninactive_file 250000000\nactive_file 50000000\n",
             "sys/fs/cgroup/user/app/cpu.max": "max 100000\n",
             "sys/fs/cgroup/user/app/memory.max": "2000000000\n",
             "sys/fs/cgroup/user/app/memory.current": "100000000\n",
         },
     )
-    assert detect_limits(root) == Limits(2, 1.5, 1_000_000_000, 400_000_000)
+    # Files that were read count as used until somebody wants the room.
+    assert detect_limits(root) == Limits(2, 1.5, 1_000_000_000, 100_000_000)
+    assert detect_limits(root).memory_left == 900_000_000
 
 
 def test_cgroup_v2_without_limits(tmp_path: Path) -> None:
@@ -87,11 +92,29 @@ def test_cgroup_v1_in_a_container(tmp_path: Path) -> None:
             "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000\n",
             "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
             "sys/fs/cgroup/memory/memory.limit_in_bytes": "536870912\n",
-            "sys/fs/cgroup/memory/memory.usage_in_bytes": "36870912\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "136870912\n",
+            "sys/fs/cgroup/memory/memory.stat": (
+                "inactive_file 1\ntotal_inactive_file 99999990\ntotal_active_file 10\n"
+            ),
             "sys/fs/cgroup/memory/sub/memory.limit_in_bytes": "9223372036854771712\n",
         },
     )
     assert detect_limits(root) == Limits(1, 0.5, 536870912, 36870912)
+
+
+@pytest.mark.parametrize(("cores", "quota", "most"), [(1, "max", 1), (2, "max", 2), (2, "50000", 1)])
+def test_threads_are_the_cores_that_may_be_used(tmp_path: Path, cores: int, quota: str, most: int) -> None:
+    """Two processors of one core are one thread's worth."""
+    files = {
+        "proc/self/cgroup": "0::/\n",
+        "proc/self/mountinfo": V2_MOUNT,
+        "sys/fs/cgroup/cpu.max": f"{quota} 100000\n",
+    }
+    for i in range(2):
+        files[f"sys/devices/system/cpu/cpu{i}/topology/core_id"] = f"{i % cores}\n"
+        files[f"sys/devices/system/cpu/cpu{i}/topology/physical_package_id"] = "0\n"
+    root = write(tmp_path, files | meminfo(1_000_000))
+    assert detect_threads(root) == min(most, usable_processors()) == detect(root).threads
 
 
 def test_cgroup_v1_without_limits(tmp_path: Path) -> None:

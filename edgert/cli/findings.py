@@ -157,10 +157,10 @@ def _limits(e: Examined) -> Iterator[str]:
             f"A cgroup grants {limits.cpus:g} CPUs; edgert starts {e.machine.threads} threads, and more "
             "would only be throttled. The container's CPU limit (docker run --cpus) raises it."
         )
-    if limits.memory is not None:
+    if limits.memory is not None and limits.memory_left is not None:
         yield (
             f"A cgroup caps memory at {size_text(limits.memory)}, of which "
-            f"{size_text(max(limits.memory - (limits.memory_used or 0), 0))} are left. The container's "
+            f"{size_text(limits.memory_left)} are left. The container's "
             "memory limit (docker run --memory) raises it."
         )
     room = size_text(0.9 * e.machine.available_memory)

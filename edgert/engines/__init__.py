@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgert import _native
 from edgert.errors import EngineError, ModelFileError, UnsupportedModelError, UsageError
+from edgert.platforms.detect import detect_threads
 
 if TYPE_CHECKING:
     from edgert.models import ModelSpec
@@ -60,6 +61,7 @@ def engine_for(
     UnsupportedModelError, ModelFileError or EngineError.
     """
     check_options(engine, threads, kv)
+    threads = threads or detect_threads()
     if engine == "llamacpp":
         return _open_llamacpp(file.path, threads, context, kv)
     try:
