@@ -1,5 +1,6 @@
 // Loading: file tensors into packed tiles.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <exception>
@@ -270,12 +271,20 @@ class Loader {
   void finite_matrix(const std::string& name, uint32_t rows, uint32_t cols, PackedMatrix& out, size_t& bytes) {
     matrix(name, rows, cols, out, bytes);
     if (!out.data) return;
-    std::vector<float> row(cols);
-    for (uint32_t r = 0; r < rows; ++r) {
-      unpack_row(out, r, row.data());
-      for (float x : row)
-        if (!std::isfinite(x)) refuse(name, "row " + std::to_string(r) + ": expected numbers, found NaN or infinity");
-    }
+    std::atomic<uint32_t> bad{rows};  // the first row that is no good
+    pool_->run([&](Pool::Worker& w) {
+      std::vector<float> row(cols);
+      uint32_t b, e;
+      while (w.claim(rows, b, e))
+        for (uint32_t r = b; r < e && r < bad; ++r) {
+          unpack_row(out, r, row.data());
+          if (std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); })) continue;
+          uint32_t first = bad;
+          while (r < first && !bad.compare_exchange_weak(first, r)) {
+          }
+        }
+    });
+    if (bad < rows) refuse(name, "row " + std::to_string(bad) + ": expected numbers, found NaN or infinity");
   }
 
   const GgufFile& file_;
