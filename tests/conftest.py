@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,20 @@ def _alone(path: Path) -> Path:
 @pytest.fixture(scope="session", name="real_model")
 def _real_model() -> Callable[[str], Path]:
     return real_model
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as transformers saves it, not to be changed."""
+    from hf_files import save  # torch is slow to import, and most tests have no use for it
+
+    return save("llama", tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def directory(saved: Path, tmp_path: Path) -> Path:
+    """A directory to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
 _REPORT = pytest.StashKey[list[str]]()

@@ -14,21 +14,13 @@ from edgert.bench import context, sensors
 from edgert.bench.jetson import board_fields, is_jetson, records
 from edgert.bench.quiet import Watch
 from edgert.bench.sensors import Energy
-
-
-def files(root: Path, content: dict[str, str]) -> Path:
-    for name, text in content.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
+from machine_files import write
 
 CPU = "sys/devices/system/cpu"
 
 
 def test_temperatures_and_clocks(tmp_path: Path) -> None:
-    root = files(
+    root = write(
         tmp_path,
         {
             "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
@@ -46,7 +38,7 @@ def test_temperatures_and_clocks(tmp_path: Path) -> None:
 def test_energy_of_rapl_counts_over_its_range(tmp_path: Path) -> None:
     zone = "sys/class/powercap/intel-rapl:0"
     counter = tmp_path / zone / "energy_uj"
-    files(
+    write(
         tmp_path,
         {
             f"{zone}/energy_uj": "9000000\n",
@@ -71,7 +63,7 @@ def test_energy_of_a_jetson_is_sampled(tmp_path: Path, rails: tuple[str, str]) -
         content[f"{monitor}/in{channel}_label"] = name
         content[f"{monitor}/in{channel}_input"] = "5000"  # mV
         content[f"{monitor}/curr{channel}_input"] = "2000"  # mA
-    energy = Energy(files(tmp_path, content))
+    energy = Energy(write(tmp_path, content))
     began = time.monotonic()
     energy.take()
     time.sleep(0.3)
@@ -89,7 +81,7 @@ def test_a_machine_that_shows_nothing_has_no_energy(tmp_path: Path) -> None:
 
 
 def test_a_jetson_is_described(tmp_path: Path) -> None:
-    root = files(
+    root = write(
         tmp_path,
         {
             "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",

@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from cli_process import start
+from conftest import real_model
 from edgert.export.calibration_text import TEXTS, load_domains
 from edgert.export.clusters import Metric, bisect, fit_routers
 from edgert.export.flash_head import Request, export_flash_head
@@ -268,3 +271,21 @@ def test_wrong_requests_say_what_to_change(base: Path, request_: Request, messag
     assert not sidecar_path(base).exists()
     with pytest.raises(UsageError, match="no such directory"):
         export_flash_head(base, Request(), base.parent / "no" / "x.gguf", str, steps)
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C while the model writes its own words, which takes seconds."""
+    model = tmp_path / "model.gguf"
+    model.symlink_to(real_model("smollm2-135m"))
+    process = start("export", model, "--flash-head")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "calibration text" in line:
+            break
+    else:
+        pytest.fail("the export ended before it was interrupted")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
