@@ -168,15 +168,18 @@ class Model:
         cache: Cache,
         tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         all_logits: bool = False,
+        full: bool = False,
     ) -> NDArray[numpy.float32]:
         """
         Appends int32 tokens; returns float32 logits after the last, [vocab], or after each, [n, vocab].
+        One token alone reads of a cache with a budget what is chosen, unless `full`; several read it all.
         """
 
     def hidden(
         self,
         cache: Cache,
         tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        full: bool = False,
     ) -> NDArray[numpy.float32]:
         """
         Appends int32 tokens; returns the final residual of each, in front of the last norm, [n, dim].
@@ -273,18 +276,18 @@ class Sizes:
     @property
     def step_body_bytes(self) -> int: ...
     def flash_bytes(self, probes: int, keep: int) -> int: ...
-    def activations(self, length: int, head: str, probes: int, keep: int) -> int:
+    def activations(self, length: int, head: str, probes: int, keep: int, kv: str, budget: int) -> int:
         """
         Bytes of the buffers of a pass and of the head (dense, flash or exact) after `length` positions.
         """
 
-    def kv(self, context: int, length: int, kv: str) -> tuple[list[tuple[int, int]], int]:
+    def kv(self, context: int, length: int, kv: str, budget: int) -> tuple[list[tuple[int, int]], int]:
         """
         Bytes of a cache of at most `context` positions that holds `length`:
         (window, bytes) of the layers that share a window (0: none), and those of the convolutions.
         """
 
-    def kv_step(self, context: int, length: int, kv: str) -> int:
+    def kv_step(self, context: int, length: int, kv: str, budget: int) -> int:
         """Bytes that a step reads of it."""
 
 def allocated() -> dict[str, int]:
@@ -295,7 +298,11 @@ def allocated() -> dict[str, int]:
 class Cache:
     """KV cache of one sequence."""
 
-    def __init__(self, model: Model, context: int, kv: str = "f16") -> None: ...
+    def __init__(self, model: Model, context: int, kv: str = "f16", budget: int = 0) -> None:
+        """
+        `budget`: tokens that a step chooses for each KV head, in layers that see everything; 0: it reads all.
+        """
+
     @property
     def length(self) -> int: ...
     @property

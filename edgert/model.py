@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _native
+from .attention import choose_budget
 from .engines import check_options, engine_for
 from .engines.base import Engine
 from .errors import ModelFileError, UnsupportedModelError, UsageError
@@ -34,6 +35,8 @@ def load(
     kv: str = "f16",
     head: str = "auto",
     probes: int = 0,
+    attention: str = "full",
+    budget: int = 0,
 ) -> Model:
     """Load a model.
 
@@ -46,26 +49,29 @@ def load(
     "flash", which scores the likely clusters of the vocabulary alone; "exact", which drafts with those and
     gives the dense head's tokens; or "auto", flash where the model has a sidecar (``edgert export``), else
     dense.
-    ``probes``: clusters that flash scores (0: the sidecar's number). Raises UsageError,
+    ``probes``: clusters that flash scores (0: the sidecar's number). ``attention``: "full", or "sparse", in
+    which a decode step reads ``budget`` past tokens for each KV head (0: the default), those that a small
+    index finds worth it, beside the first and the latest ones; prompts are read in full. Raises UsageError,
     ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is
     allocated, when the model with a session of ``context`` does not fit the memory there is.
     """
     check_head(head, probes)
     check_options(engine, threads, kv)
+    chosen = choose_budget(attention, budget, engine)
     file = _native.GgufFile(str(model_path(name_or_path)))
     trained = _trained_context(file)
     check_context(context, trained)
     sidecar = choose_sidecar(file.path, head, engine)
     if engine != "llamacpp":
         with contextlib.suppress(UnsupportedModelError):  # the choice of an engine says what to do
-            case = Case.read(file, sidecar, 0, threads, kv, head, probes)
+            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen)
             context = choose_context(case, context)
             del case
     context = context or trained
     metadata = file.metadata
     tokenizer = _TokenizerLoader(metadata)
     tokenizer.start()
-    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes)
+    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes, chosen)
     if head == "auto":
         head = "flash" if sidecar and loaded.name == "native" else "dense"
     return Model(
@@ -77,6 +83,7 @@ def load(
         kv=kv,
         head=head,
         probes=probes,
+        chosen=chosen,
     )
 
 
@@ -109,7 +116,8 @@ class Model:
     manager.
 
     ``context`` is what a session may hold, ``trained_context`` what the model was made for, ``head``
-    "dense", "flash" or "exact", ``probes`` the clusters asked for (0: the sidecar's number).
+    "dense", "flash" or "exact", ``probes`` the clusters asked for (0: the sidecar's number), ``chosen`` the
+    past tokens that a step chooses for each KV head (0: it reads all).
     """
 
     def __init__(
@@ -123,9 +131,11 @@ class Model:
         kv: str,
         head: str = "dense",
         probes: int = 0,
+        chosen: int = 0,
     ) -> None:
         self.engine, self.tokenizer, self.head, self.probes = engine, tokenizer, head, probes
         self.path, self.context, self.trained_context, self.kv = path, context, trained_context, kv
+        self.chosen = chosen
         self.vocab_size = engine.vocab_size
         self._fingerprint = ""
         self._closed = False
@@ -208,7 +218,8 @@ class Model:
         from .session_file import fingerprint
 
         self._fingerprint = self._fingerprint or fingerprint(self.path)
-        return {"model": self._fingerprint, "engine": self.engine.name, "kv": self.kv}
+        kind = {"attention": "sparse"} if self.chosen else {}  # its cache is laid out in another way
+        return {"model": self._fingerprint, "engine": self.engine.name, "kv": self.kv, **kind}
 
     def close(self) -> None:
         """Free the model. Close its sessions first: they keep it in memory."""

@@ -18,6 +18,7 @@ BARRIERS = 6  # of a layer in decoding
 # How reading and computing overlap in a part: 1 would be not at all, infinity is the roofline (Williams et
 # al. 2009). With fast memory neither hides the other, as plan_check's table shows.
 OVERLAP = 1.2
+ALWAYS = 272  # tokens that sparse attention always reads, on average
 # Share of the longest block that the exact head drafts on average: its length follows the agreement.
 BLOCK = 0.7
 
@@ -38,7 +39,10 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
     spec, sizes = case.spec, case.sizes
     body = _overlapped("body", sizes.step_body_bytes, _seconds_of_body(case, rates, 1), rates)
     # Pages are short: what they cost in arithmetic hides little of the reading (measured: the sum).
-    read, pairs = sizes.kv_step(length, length, case.kv), _pairs(case, length, rates)
+    read, pairs = (
+        sizes.kv_step(length, length, case.kv, case.chosen),
+        _pairs(case, length, rates, case.chosen),
+    )
     reading = _reading(read, rates)
     attention = Step("attention", reading + pairs, read, "memory" if reading >= pairs else "arithmetic")
     fixed = TOKEN + BARRIERS * spec.n_layers * BARRIER * (rates.threads > 1)
@@ -95,13 +99,16 @@ def _dense_head(case: Case, rates: Rates, tokens: int, parts: int = 2) -> Step:
     return _overlapped("head", sizes.step_weight_bytes - sizes.step_body_bytes, arithmetic, rates)
 
 
-def _pairs(case: Case, length: int, rates: Rates) -> float:
-    """Arithmetic of attention for one token after ``length``."""
+def _pairs(case: Case, length: int, rates: Rates, chosen: int = 0) -> float:
+    """Arithmetic of attention for one token after ``length``, of which layers that see everything read
+    ``chosen`` and the always read ones (0: all)."""
     spec = case.spec
     seconds = 0.0
     for layer in spec.layers:
         if layer.kind == "attention":
             seen = min(length, layer.window or length)
+            if chosen and not layer.window:
+                seen = min(seen, chosen + ALWAYS)
             seconds += (
                 spec.n_heads * seen / rates.pairs(case.kv, spec.head_dim, spec.n_heads // layer.n_kv_heads)
             )

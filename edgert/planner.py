@@ -76,6 +76,7 @@ class Plan:
     context: int
     trained_context: int
     kv: str
+    chosen: int
     head: str
     threads: int
     platform: str
@@ -133,6 +134,8 @@ def plan(
     kv: str = "f16",
     head: str = "auto",
     probes: int = 0,
+    attention: str = "full",
+    budget: int = 0,
 ) -> Plan:
     """The cost of running ``model`` (as in :func:`edgert.load`) with the native engine, from the headers of
     its files.
@@ -145,16 +148,18 @@ def plan(
     Raises UsageError for an unknown platform or an option that makes no sense, ModelFileError and
     UnsupportedModelError as load does. A run that does not fit is no error here: see :attr:`Plan.fits`.
     """
+    from .attention import choose_budget
     from .engines import check_options
     from .heads import check_head, choose_sidecar
     from .rates import rates_for
 
     check_options("native", threads, kv)
+    chosen = choose_budget(attention, budget, "native")
     rates = rates_for(platform, threads)
     check_head(head, probes)
     file = _native.GgufFile(str(model_path(model)))
     sidecar = choose_sidecar(file.path, head, "native")
-    case = Case.read(file, sidecar, rates.lanes, rates.threads, kv, head, probes)
+    case = Case.read(file, sidecar, rates.lanes, rates.threads, kv, head, probes, chosen)
     check_context(context, case.trained_context)
     context = context or case.trained_context
     if memory is not None:
@@ -201,6 +206,7 @@ class Case:
     threads: int
     kv: str
     head: str
+    chosen: int  # past tokens that a step chooses for each KV head; 0: it reads all
 
     @classmethod
     def read(
@@ -212,6 +218,7 @@ class Case:
         kv: str,
         head: str,
         probes: int,
+        chosen: int = 0,
     ) -> Case:
         """Options are checked by the caller; ``lanes`` and ``threads`` 0 are those that would run here.
         Raises ModelFileError, UnsupportedModelError; UsageError when ``kv`` cannot hold the heads."""
@@ -227,7 +234,7 @@ class Case:
         tensors = tuple((t.name, t.type, math.prod(t.shape)) for t in file.tensors)
         sizes = _native.Sizes(file, spec.as_dict(), threads, sidecar.file if sidecar else None, lanes)
         budget = sidecar.budget(probes) if sidecar else (0, 0)
-        return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head)
+        return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head, chosen)
 
     @property
     def trained_context(self) -> int:
@@ -244,7 +251,7 @@ class Case:
             Part("head", weights["head"]),
             Part("sidecar", weights["flash_head"], "FlashHead: routers, low-rank rows, tables"),
             *self._kv(context),
-            Part("activations", sizes.activations(context, self.head, *self.budget), "buffers of a pass"),
+            Part("activations", self._activations(context), "buffers of a pass"),
             Part("logits", self._logits(), "of the tokens that are scored at once"),
         ]
         parts.append(Part("padding", sizes.padding_bytes, "of the buffer that holds all weights"))
@@ -258,14 +265,19 @@ class Case:
         parts.append(Part("Python", PYTHON_BYTES, "and its libraries"))
         return tuple(p for p in parts if p.bytes)
 
+    def _activations(self, context: int) -> int:
+        return self.sizes.activations(context, self.head, *self.budget, self.kv, self.chosen)
+
     def _kv(self, context: int) -> list[Part]:
-        shares, conv = self.sizes.kv(context, context, self.kv)
+        shares, conv = self.sizes.kv(context, context, self.kv, self.chosen)
+        index = shares.pop()[1] if self.chosen else 0
         layers = [layer.window for layer in self.spec.layers if layer.kind == "attention"]
         parts = []
         for window, size in shares:
             n = layers.count(window)
             what = f"{n} layers with a window of {window}" if window else f"{n} full layers"
             parts.append(Part(f"KV cache, {what}", size, self.kv))
+        parts.append(Part("KV cache, index", index, "two bits a channel"))
         return [*parts, Part("convolution state", conv)]
 
     def _logits(self) -> int:
@@ -301,6 +313,7 @@ class Case:
             context=context,
             trained_context=self.trained_context,
             kv=self.kv,
+            chosen=self.chosen,
             head=self.head,
             threads=self.threads,
             platform=rates.name,

@@ -99,7 +99,9 @@ class Decoder {
   // Any split of a sequence into calls gives the same bits, and so does any number of threads.
   // Throws EngineError for a token outside the vocabulary or a full cache; the cache is unchanged
   // then. Safe from several threads: calls of one decoder take turns.
-  void forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want want, float* out);
+  // A cache with a Selection is read in full for several tokens at once, or where `full` says so: these are
+  // the bits of a cache without one. One token alone reads what is chosen.
+  void forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want want, float* out, bool full = false);
   // Logits of n rows of forward()'s hidden output, [n][vocab], by the whole head: the same bits as
   // forward() gives.
   void dense(const float* hidden, uint32_t n, float* logits);

@@ -7,6 +7,7 @@
 #include "error.h"
 #include "formats.h"
 #include "scratch.h"
+#include "sparse.h"
 
 namespace edgert {
 namespace {
@@ -25,13 +26,16 @@ struct Decoder::Pass {
   const int32_t* tokens;
   uint32_t n, start;
   Want want;
+  bool sparse;     // a token that reads of records what the index chooses
+  uint32_t index;  // blocks that have one in this pass
 
   const ModelSpec& s = d.spec_;
   const Kernels& k = d.kernels_;
   const KvKernels& attn = k.kv[size_t(cache.type())];
   Scratch& sc = *d.scratch_;
   Scratch::Private& me = sc.threads[w.index()];
-  bool one = n == 1;
+  // A single token that reads all records goes the way of many: only that one turns them into pages.
+  bool one = n == 1 && (sparse || !cache.selection().budget);
   float* x = one ? me.x : sc.x;
   Input in = one ? me.in : sc.in;
 
@@ -148,7 +152,7 @@ struct Decoder::Pass {
     rotate(q, layer, i);
     const float scale = s.attn_scale * 1.44269504088896341f;
     for (uint32_t c = 0; c < s.head_dim; ++c) q[c] *= scale;
-    attn.code_query(q, s.head_dim);
+    if (!sparse || !cache.records(layer)) attn.code_query(q, s.head_dim);
   }
 
   // Norm and rope of one key head of token i; key and value go to their page.
@@ -161,6 +165,8 @@ struct Decoder::Pass {
     else
       std::memcpy(key, sc.k + at, hd * sizeof(float));
     rotate(key, layer, i);
+    if (cache.records(layer))
+      return k.records[size_t(cache.type())].append(key, sc.v + at, hd, cache.record(layer, head, pos));
     const uint32_t page = pos / kPageTokens;
     attn.append(key, sc.v + at, hd, pos % kPageTokens, cache.keys(layer, head, page), cache.values(layer, head, page));
   }
@@ -189,9 +195,28 @@ struct Decoder::Pass {
     uint32_t count;
   };
 
-  void attend_chunk(uint32_t layer, uint32_t kv_head, uint32_t chunk, const Rows& r) const {
-    const uint32_t window = s.layers[layer].window, base = chunk * kChunkTokens;
+  // The pages of a chunk up to position `end`.
+  struct Pages {
     const uint8_t *keys[kChunkPages], *values[kChunkPages];
+  };
+  void find_pages(uint32_t layer, uint32_t kv_head, uint32_t chunk, uint32_t end, Pages& found) const {
+    const uint32_t first = chunk * kChunkPages, last = std::min(first + kChunkPages, (end + kPageTokens - 1) / kPageTokens);
+    const bool records = cache.records(layer);
+    for (uint32_t p = first; p < last; ++p) {
+      if (records) {
+        uint8_t *keys = me.keys.data() + (p - first) * cache.page_bytes(), *values = me.values.data() + (p - first) * cache.page_bytes();
+        k.records[size_t(cache.type())].to_page(cache.record(layer, kv_head, p * kPageTokens), s.head_dim, keys, values);
+        found.keys[p - first] = keys;
+        found.values[p - first] = values;
+      } else {
+        found.keys[p - first] = cache.keys(layer, kv_head, p);
+        found.values[p - first] = cache.values(layer, kv_head, p);
+      }
+    }
+  }
+
+  void attend_chunk(uint32_t layer, uint32_t chunk, const Pages& pages, const Rows& r) const {
+    const uint32_t window = s.layers[layer].window, base = chunk * kChunkTokens;
     uint32_t lo[kRowsAtOnce], hi[kRowsAtOnce];
     uint32_t first = kChunkTokens, last = 0;
     for (uint32_t i = 0; i < r.count; ++i) {
@@ -201,11 +226,7 @@ struct Decoder::Pass {
       if (lo[i] < hi[i]) first = std::min(first, lo[i]), last = std::max(last, hi[i]);
     }
     if (first >= last) return;
-    for (uint32_t p = first / kPageTokens; p < (last + kPageTokens - 1) / kPageTokens; ++p) {
-      keys[p] = cache.keys(layer, kv_head, base / kPageTokens + p);
-      values[p] = cache.values(layer, kv_head, base / kPageTokens + p);
-    }
-    attn.attend({r.q, keys, values, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
+    attn.attend({r.q, pages.keys, pages.values, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
   }
 
   void finish_rows(const Rows& r) const {
@@ -215,34 +236,44 @@ struct Decoder::Pass {
     }
   }
 
-  // Prefill: an item is one KV head and a few tokens; their rows share every page read.
+  // Prefill: an item is one KV head and a few tokens; their rows share every page read. What it costs to make
+  // pages of records is shared by several batches of rows.
   void attend_many(uint32_t layer) {
     const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, hd = s.head_dim;
     // The input of q, k and v has been read: its place takes the output.
-    const uint32_t block = std::max(1u, kRowsAtOnce / group), blocks = (n + block - 1) / block;
-    const uint32_t window = s.layers[layer].window;
+    const uint32_t batch = std::max(1u, kRowsAtOnce / group), block = cache.records(layer) ? kRecordBatches * batch : batch;
+    const uint32_t blocks = (n + block - 1) / block, window = s.layers[layer].window;
     uint32_t b, e;
     while (w.claim(blocks * kv, b, e))
       for (uint32_t item = b; item < e; ++item) {
         const uint32_t head = item % kv, first = item / kv * block, count = std::min(block, n - first);
-        for (uint32_t g0 = 0; g0 < group; g0 += kRowsAtOnce) {  // one round unless a group is huge
-          const uint32_t gs = std::min(group - g0, kRowsAtOnce);
-          Rows r{};
-          r.max = me.max, r.sum = me.sum, r.count = count * gs;
-          for (uint32_t i = 0; i < count; ++i)
-            for (uint32_t g = 0; g < gs; ++g) {
-              const size_t at = size_t(first + i) * sc.q_cols + size_t(head * group + g0 + g) * hd;
-              const uint32_t row = i * gs + g;
-              r.q[row] = sc.q + at;
-              r.acc[row] = in.f + at;
-              r.position[row] = start + first + i;
-              r.sum[row] = 0;
+        const uint32_t end = start + first + count, seen = start + first + 1;
+        const uint32_t begin = window && seen > window ? seen - window : 0;
+        std::fill_n(me.sum, count * group, 0.0f);
+        // Calls f(rows) for `batch` tokens at a time, in more than one round when a group is huge.
+        const auto for_rows = [&](auto&& f) {
+          for (uint32_t i0 = 0; i0 < count; i0 += batch)
+            for (uint32_t g0 = 0; g0 < group; g0 += kRowsAtOnce) {
+              const uint32_t gs = std::min(group - g0, kRowsAtOnce);
+              Rows r{};
+              r.count = std::min(batch, count - i0) * gs;
+              r.max = me.max + i0 * group + g0, r.sum = me.sum + i0 * group + g0;
+              for (uint32_t row = 0; row < r.count; ++row) {
+                const uint32_t i = first + i0 + row / gs;
+                const size_t at = size_t(i) * sc.q_cols + size_t(head * group + g0 + row % gs) * hd;
+                r.q[row] = sc.q + at;
+                r.acc[row] = in.f + at;
+                r.position[row] = start + i;
+              }
+              f(r);
             }
-          const uint32_t end = start + first + count, seen = start + first + 1;
-          const uint32_t begin = window && seen > window ? seen - window : 0;
-          for (uint32_t c = begin / kChunkTokens; c * kChunkTokens < end; ++c) attend_chunk(layer, head, c, r);
-          finish_rows(r);
+        };
+        for (uint32_t c = begin / kChunkTokens; c * kChunkTokens < end; ++c) {
+          Pages pages;
+          find_pages(layer, head, c, end, pages);
+          for_rows([&](const Rows& r) { attend_chunk(layer, c, pages, r); });
         }
+        for_rows([&](const Rows& r) { finish_rows(r); });
       }
     w.barrier();
     set_cols(sc.q_cols);
@@ -270,7 +301,7 @@ struct Decoder::Pass {
   }
 
   void barrier_before_attention(uint32_t layer) {
-    if (!one) return w.barrier();
+    if (!one || cache.records(layer)) return w.barrier();
     const Cut c = cut(layer);
     const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, window = s.layers[layer].window, end = start + 1;
     const uint32_t stretch = c.items * w.index() / w.threads() * c.rows / group;
@@ -298,9 +329,24 @@ struct Decoder::Pass {
           r.position[i] = start;
           r.sum[i] = 0;
         }
-        attend_chunk(layer, kv_head, cut.first + chunk, r);
+        Pages pages;
+        find_pages(layer, kv_head, cut.first + chunk, start + 1, pages);
+        attend_chunk(layer, cut.first + chunk, pages, r);
         for (uint32_t i = 0; i < r.count; ++i) r.acc[i][hd] = r.max[i], r.acc[i][hd + 1] = r.sum[i];
       }
+    join_parts(layer, cut.chunks);
+  }
+
+  void attend_sparse(uint32_t layer) {
+    SparseStep step{s, k, cache, w, sc, me, SparseCut(cache, start)};
+    step.attend(layer);
+    join_parts(layer, step.cut.parts());
+  }
+
+  // Makes the output of one token's attention of partial results.
+  void join_parts(uint32_t layer, uint32_t parts) {
+    const uint32_t hd = s.head_dim;
+    const size_t size = hd + 2;
     barrier_before(d.weights_.layers[layer].output);
     set_cols(sc.q_cols);
     for (uint32_t h = 0; h < s.n_heads; ++h) {
@@ -308,7 +354,7 @@ struct Decoder::Pass {
       const float* p = sc.partial.data() + size_t(h) * size;
       std::memcpy(out, p, hd * sizeof(float));
       float max = p[hd], sum = p[hd + 1];
-      for (uint32_t c = 1; c < cut.chunks; ++c) {
+      for (uint32_t c = 1; c < parts; ++c) {
         p += s.n_heads * size;
         k.merge(&max, &sum, out, p[hd], p[hd + 1], p, hd);
       }
@@ -352,10 +398,12 @@ struct Decoder::Pass {
     w.barrier();
     prepare_heads(layer);
     barrier_before_attention(layer);
-    if (one)
-      attend_one(layer);
-    else
+    if (!one)
       attend_many(layer);
+    else if (cache.records(layer))
+      attend_sparse(layer);
+    else
+      attend_one(layer);
     project(l.output, l.gate);
   }
 
@@ -425,6 +473,7 @@ struct Decoder::Pass {
   }
 
   void run() {
+    if (index > cache.indexed()) make_index(s, k, cache, w, index);
     embed();
     rope_tables();
     const float* post = nullptr;
@@ -448,7 +497,7 @@ struct Decoder::Pass {
   }
 };
 
-void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want want, float* out) {
+void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want want, float* out, bool full) {
   for (uint32_t i = 0; i < n; ++i)
     if (tokens[i] < 0 || uint32_t(tokens[i]) >= spec_.vocab_size)
       throw EngineError("token id " + std::to_string(tokens[i]) + " is outside the vocabulary of " +
@@ -460,11 +509,14 @@ void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want wa
                                    " tokens, the context holds " + std::to_string(cache.context()) +
                                    ": shorten the prompt or load with a larger context");
   cache.reserve(cache.length() + n);
-  grow(scratch_->partial, Scratch::partial_floats(spec_, cache.length() + n));
+  scratch_->reserve(spec_, cache, cache.length() + n);
   for (uint32_t done = 0; done < n;) {
     const uint32_t count = std::min(n - done, kMaxChunk), start = cache.length();
     const Want now = want == Want::Last && done + count < n ? Want::None : want;
-    pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now}.run(); });
+    const bool sparse = cache.selection().budget && n == 1 && !full;
+    const uint32_t index = cache.selection().budget ? index_reach(cache, count) : 0;
+    pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now, sparse, index}.run(); });
+    cache.set_indexed(index);
     if (now == Want::Last) score(scratch_->x + size_t(count - 1) * spec_.dim, 1, out);
     if (now == Want::All) score(scratch_->x, count, out + size_t(done) * spec_.vocab_size);
     if (now == Want::Hidden) std::memcpy(out + size_t(done) * spec_.dim, scratch_->x, size_t(count) * spec_.dim * sizeof(float));

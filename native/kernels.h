@@ -50,6 +50,17 @@ constexpr size_t kv_page_bytes(KvType type, uint32_t head_dim) {
   return size_t(kPageTokens) * (type == KvType::Q8 ? head_dim / 32 * 34 : head_dim * 2);
 }
 
+// A record is key and value of one token of one layer and KV head. F16: K [head_dim], V [head_dim]. Q8: the f16
+// scales of K and of V, [head_dim/32] each, then the codes of both.
+constexpr size_t kv_record_bytes(KvType type, uint32_t head_dim) { return 2 * kv_page_bytes(type, head_dim) / kPageTokens; }
+
+// The index of kIndexTokens keys of one layer and KV head: each channel of a key in two bits, between levels that
+// are the channel's own in this block. First the levels, floats [2][head_dim]: that of code 0, and the step from
+// one to the next; then codes [kIndexTokens/16][head_dim/16][16 tokens][4]: byte k of token t has in bits 2i and 2i + 1 the
+// code of channel 4i + k of its 16.
+inline constexpr uint32_t kIndexTokens = 256;
+constexpr size_t index_block_bytes(uint32_t head_dim) { return size_t(head_dim) * 8 + size_t(kIndexTokens) * head_dim / 4; }
+
 struct AttnChunk {
   const float* const* q;         // [rows] pointers to queries as code_query() left them
   // [kChunkPages] the pages of the chunk; those with no visible token are not looked at. Pages that
@@ -75,6 +86,39 @@ struct KvKernels {
   void (*attend)(const AttnChunk& c);
 };
 
+// Attention of `rows` queries of one KV head to `count` records, at most kChunkTokens, anywhere in memory.
+struct AttnRecords {
+  const float* const* q;           // [rows] head_dim floats: rotated, times the attention scale and log2(e)
+  const uint8_t* const* records;   // [count]
+  uint32_t count, rows, head_dim;
+  float* scores;                   // scratch, [16][kChunkTokens]
+  float* const* acc;               // [rows] -> head_dim floats: sum of weights times V
+  float* max;                      // [rows] maximum of the scores
+  float* sum;                      // [rows] sum of weights
+};
+
+// Keys and values of one type in records.
+struct RecordKernels {
+  void (*append)(const float* key, const float* value, uint32_t head_dim, uint8_t* record);
+  void (*attend)(const AttnRecords& r);
+  // 16 records that follow each other as a page: the bits that KvKernels::append would have written.
+  void (*to_page)(const uint8_t* records, uint32_t head_dim, uint8_t* keys, uint8_t* values);
+  // The index of a block whose 16 tokens at `pages[i]` follow each other.
+  void (*make_index)(const uint8_t* const* pages, uint32_t head_dim, uint8_t* index);
+};
+
+// How much the tokens of a block are worth to the `rows` queries of a group, by their index: eight times the
+// logarithm to base 2 of the largest weight that a query would give them, where `level` is the logarithm
+// of what it gives to all; in [-127, 127].
+struct Scan {
+  const uint8_t* index;
+  const float* const* q;  // [rows] as for AttnRecords
+  const float* level;     // [rows]
+  uint32_t rows, head_dim;
+  int8_t* worth;          // [kIndexTokens]
+};
+inline constexpr int8_t kNever = -128;  // the worth of what pick() does not take
+
 struct Kernels {
   Isa isa;
   uint32_t lanes;  // rows of a tile of PackedMatrix
@@ -94,7 +138,12 @@ struct Kernels {
   void (*add)(float* x, const float* y, uint32_t n);                     // x += y
   void (*gate_silu)(const float* gate, const float* up, uint32_t n, float* y);  // silu(gate) * up
   void (*gate_gelu)(const float* gate, const float* up, uint32_t n, float* y);  // gelu_tanh(gate) * up
-  KvKernels kv[2];  // by KvType
+  KvKernels kv[2];          // by KvType
+  RecordKernels records[2];  // by KvType
+  void (*scan)(const Scan& s);
+  // The places of the `count` largest of n values, in order; of equals the first. There are as many
+  // that are not kNever.
+  void (*pick)(const int8_t* worth, uint32_t n, uint32_t count, uint32_t* places);
   // Joins the running state (max, sum, acc) of a later chunk into that of the earlier ones.
   void (*merge)(float* max, float* sum, float* acc, float max2, float sum2, const float* acc2, uint32_t head_dim);
 };

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -160,6 +161,13 @@ struct DotWide {
   }
   [[gnu::always_inline]] VI total(int32_t) { return {_mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8)}; }
 };
+
+inline uint64_t above64(const int8_t* p, int limit) {
+  const __m256i l = _mm256_set1_epi8(char(limit)), *x = reinterpret_cast<const __m256i*>(p);
+  const uint32_t low = uint32_t(_mm256_movemask_epi8(_mm256_cmpgt_epi8(_mm256_loadu_si256(x), l)));
+  const uint32_t high = uint32_t(_mm256_movemask_epi8(_mm256_cmpgt_epi8(_mm256_loadu_si256(x + 1), l)));
+  return low | uint64_t(high) << 32;
+}
 
 #include "kernels_impl.h"
 

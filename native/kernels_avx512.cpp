@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -114,6 +115,10 @@ struct DotSigned {
 inline DotSigned high_low(const DotSigned& hi, const DotSigned& lo) {
   return {_mm512_add_epi32(_mm512_slli_epi32(hi.s, 8), lo.s)};
 }
+inline uint64_t above64(const int8_t* p, int limit) {
+  return _mm512_cmpgt_epi8_mask(_mm512_loadu_si512(p), _mm512_set1_epi8(char(limit)));
+}
+
 #include "kernels_dot_wide.h"
 
 #include "kernels_impl.h"

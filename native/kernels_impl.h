@@ -7,6 +7,7 @@
 //   vf_*, vi_*, vb_*  the primitives used below
 //   Dot<bits>, DotSigned   sums of products of codes with four activation bytes a lane: type Codes
 //                   built from a VB, add(Codes, const int8_t* quad), total(sum of the activations)
+//   above64         which of 64 int8 are above a limit, one bit each
 //   DotWide         the same of signed codes with four codes of 16 bits, 256 * hi + lo, which pack() puts in a
 //                   quad of 8 bytes
 // No `#pragma once`: every ISA file includes its own copy, so no inline function is shared.
@@ -299,7 +300,15 @@ void gate_gelu(const float* gate, const float* up, uint32_t n, float* y) { gated
 
 #include "kernels_attend.h"
 
+#include "kernels_records.h"
+
+#include "kernels_index.h"
+
+template <class R>
+constexpr RecordKernels kRecordKernels = {R::append, attend_records<R>, R::to_page, make_index<R>};
+
 constexpr Kernels make_kernels(Isa isa) {
   return {isa, L,         matmul,    matmul_float, quantize,
-          rmsnorm, add,   gate_silu, gate_gelu,    {kKvKernels<F16Pages>, kKvKernels<Q8Pages>}, merge};
+          rmsnorm, add,   gate_silu, gate_gelu,    {kKvKernels<F16Pages>, kKvKernels<Q8Pages>},
+          {kRecordKernels<F16Records>, kRecordKernels<Q8Records>}, scan, pick, merge};
 }

@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -124,6 +125,17 @@ struct Dot : DotSigned {};
 inline DotSigned high_low(const DotSigned& hi, const DotSigned& lo) {
   return {vaddq_s32(vshlq_n_s32(hi.a, 8), lo.a), vaddq_s32(vshlq_n_s32(hi.b, 8), lo.b)};
 }
+inline uint64_t above64(const int8_t* p, int limit) {
+  const int8x16_t l = vdupq_n_s8(int8_t(limit));
+  constexpr uint8_t kBits[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  const uint8x16_t bits = vld1q_u8(kBits);
+  const auto marks = [&](int i) { return vandq_u8(vcgtq_s8(vld1q_s8(p + 16 * i), l), bits); };
+  // Three rounds of sums of neighbours leave a byte of eight marks each.
+  const uint8x16_t low = vpaddq_u8(marks(0), marks(1)), high = vpaddq_u8(marks(2), marks(3));
+  const uint8x16_t all = vpaddq_u8(low, high);
+  return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(all, all)), 0);
+}
+
 #include "kernels_dot_wide.h"
 
 #include "kernels_impl.h"

@@ -112,6 +112,12 @@ inline DotSigned high_low(const DotSigned& hi, const DotSigned& lo) {
   for (int i = 0; i < L; ++i) d.s.v[i] = 256 * hi.s.v[i] + lo.s.v[i];
   return d;
 }
+inline uint64_t above64(const int8_t* p, int limit) {
+  uint64_t mask = 0;
+  for (int i = 0; i < 64; ++i) mask |= uint64_t(p[i] > limit) << i;
+  return mask;
+}
+
 #include "kernels_dot_wide.h"
 
 #include "kernels_impl.h"

@@ -9,20 +9,34 @@ namespace edgert {
 namespace {
 
 constexpr size_t kSlab = size_t(4) << 20;
-constexpr uint64_t kMagic = 0x324b4545;  // "EEK2"
+constexpr uint64_t kMagic = 0x334b4545;  // "EEK3"
 
 // What a saved cache begins with.
 uint64_t magic(KvType type) { return kMagic | uint64_t(type) << 32; }
 
 uint32_t chunks(uint32_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
 
+size_t slabs(size_t pieces, size_t of_slab) { return (pieces + of_slab - 1) / of_slab; }
+
 }  // namespace
 
-KvCache::KvCache(const ModelSpec& spec, uint32_t context, KvType type)
-    : type_(type), context_(context), dim_(spec.dim), page_(kv_page_bytes(type, spec.head_dim)), half_(kChunkPages * page_) {
+KvCache::KvCache(const ModelSpec& spec, uint32_t context, KvType type, const Selection& selection)
+    : type_(type),
+      selection_(selection),
+      context_(context),
+      dim_(spec.dim),
+      head_dim_(spec.head_dim),
+      page_(kv_page_bytes(type, spec.head_dim)),
+      record_(kv_record_bytes(type, spec.head_dim)),
+      half_(kChunkPages * page_) {
   if (type == KvType::Q8 && spec.head_dim % 32 != 0)
     throw EngineError("keys and values in q8 need heads of a multiple of 32 channels, not " + std::to_string(spec.head_dim) +
                       ": use kv=\"f16\"");
+  if (selection.budget)
+    for (const LayerSpec& l : spec.layers)
+      if (!l.conv && spec.n_heads / l.n_kv_heads > kMaxGroup)
+        throw EngineError("sparse attention takes at most " + std::to_string(kMaxGroup) +
+                          " query heads to a KV head: use attention=\"full\"");
   if (context == 0) throw EngineError("a session needs a context of at least 1 token");
   uint32_t convs = 0;
   for (const LayerSpec& l : spec.layers) {
@@ -37,13 +51,20 @@ KvCache::KvCache(const ModelSpec& spec, uint32_t context, KvType type)
       if (i == classes_.size()) {
         Class c;
         c.window = l.window;
+        if (selection.budget && !l.window) c.tokens = kPageTokens;
         if (l.window && l.window < context) c.ring = chunks(l.window + kMaxChunk) + 1;
         classes_.push_back(std::move(c));
       }
       p.cls = i;
       p.offset = classes_[i].piece_bytes;
       p.kv_heads = l.n_kv_heads;
-      classes_[i].piece_bytes += 2 * half_ * l.n_kv_heads;
+      if (classes_[i].tokens == kPageTokens) {
+        classes_[i].piece_bytes += kPageTokens * record_ * l.n_kv_heads;
+        p.index = index_.piece_bytes;
+        index_.piece_bytes += index_block_bytes(head_dim_) * l.n_kv_heads;
+      } else {
+        classes_[i].piece_bytes += 2 * half_ * l.n_kv_heads;
+      }
     }
     places_.push_back(p);
   }
@@ -55,14 +76,19 @@ size_t KvCache::bytes() const {
   size_t n = conv_buffer_.bytes();
   for (const Class& c : classes_)
     for (const Buffer& b : c.slabs) n += b.bytes();
+  for (const Buffer& b : index_.slabs) n += b.bytes();
   return n;
 }
 
 std::vector<KvCache::Share> KvCache::shares_at(uint32_t length) const {
   std::vector<Share> shares;
   for (const Class& c : classes_) {
-    const size_t of_slab = pieces_of_slab(c), slabs = (pieces_needed(c, length) + of_slab - 1) / of_slab;
-    shares.push_back({c.window, slabs * Buffer::rounded(of_slab * c.piece_bytes)});
+    const size_t of_slab = pieces_of_slab(c);
+    shares.push_back({c.window, slabs(pieces_needed(c, length), of_slab) * Buffer::rounded(of_slab * c.piece_bytes)});
+  }
+  if (index_.piece_bytes) {
+    const size_t of_slab = pieces_of_slab(index_);
+    shares.push_back({0, slabs(length / kIndexTokens, of_slab) * Buffer::rounded(of_slab * index_.piece_bytes)});
   }
   return shares;
 }
@@ -70,7 +96,8 @@ std::vector<KvCache::Share> KvCache::shares_at(uint32_t length) const {
 size_t KvCache::pieces_of_slab(const Class& c) { return std::max<size_t>(1, kSlab / c.piece_bytes); }
 
 size_t KvCache::pieces_needed(const Class& c, uint32_t length) const {
-  return c.ring ? std::min(chunks(length), c.ring) : chunks(length);
+  const uint32_t pieces = (length + c.tokens - 1) / c.tokens;
+  return c.ring ? std::min(pieces, c.ring) : pieces;
 }
 
 void KvCache::grow(Class& c, size_t pieces) {
@@ -89,6 +116,7 @@ void KvCache::reserve(uint32_t length) {
     throw EngineError("the sequence would be " + std::to_string(length) + " tokens, the context holds " +
                       std::to_string(context_) + ": shorten the prompt or load with a larger context");
   for (Class& c : classes_) grow(c, pieces_needed(c, length));
+  if (index_.piece_bytes) grow(index_, length / kIndexTokens);
 }
 
 void KvCache::set_length(uint32_t length) {
@@ -108,6 +136,7 @@ uint32_t KvCache::rewind(uint32_t length) {
   }
   if (conv_reach_ && high_ > kConvRing) lost |= length < high_ - kConvRing + conv_reach_;
   length_ = lost ? 0 : length;
+  indexed_ = std::min(indexed_, length_ / kIndexTokens);
   if (length_ == 0) high_ = 0;
   return length_;
 }
@@ -115,8 +144,15 @@ uint32_t KvCache::rewind(uint32_t length) {
 size_t KvCache::step_bytes_at(uint32_t length) const {
   size_t n = 0;
   for (const Class& c : classes_) {
-    const uint32_t seen = c.window ? std::min(c.window, length) : length;
-    n += c.piece_bytes / kChunkTokens * seen;
+    uint32_t seen = c.window ? std::min(c.window, length) : length;
+    if (c.tokens == kPageTokens) {
+      const uint32_t indexed = blocks_at(length) * kIndexTokens, between = indexed - std::min(indexed, selection_.sinks);
+      if (between > selection_.budget) {
+        seen -= between - selection_.budget;
+        n += index_.piece_bytes * blocks_at(length);
+      }
+    }
+    n += c.piece_bytes / c.tokens * seen;
   }
   return n;
 }
@@ -125,6 +161,10 @@ template <class F>
 void KvCache::for_used(const Class& c, uint32_t length, F&& f) const {
   const size_t n = pieces_needed(c, length);
   for (size_t i = 0; i < n; ++i) {
+    if (c.tokens == kPageTokens) {
+      f(c.pieces[i], c.piece_bytes);
+      continue;
+    }
     const size_t left = (length - i * kChunkTokens + kPageTokens - 1) / kPageTokens;
     const size_t used = std::min<size_t>(left, kChunkPages) * page_;
     for (size_t at = 0; at < c.piece_bytes; at += half_) f(c.pieces[i] + at, used);
@@ -137,7 +177,7 @@ std::string KvCache::save() const {
   const uint64_t head[] = {magic(type_), length_, high_, classes_.size(), page_, conv_buffer_.bytes()};
   put(head, sizeof head);
   for (const Class& c : classes_) {
-    const uint64_t shape[] = {c.window, c.ring, c.piece_bytes, pieces_needed(c, high_)};
+    const uint64_t shape[] = {c.window, c.tokens, c.ring, c.piece_bytes, pieces_needed(c, high_)};
     put(shape, sizeof shape);
     for_used(c, high_, put);
   }
@@ -162,13 +202,14 @@ void KvCache::load(const std::string& state) {
   if (head[1] > head[2] || head[2] > context_)
     throw EngineError("the saved session holds " + std::to_string(head[2]) + " tokens, the context " +
                       std::to_string(context_) + ": open the session with a larger context");
-  length_ = high_ = 0;
+  length_ = high_ = indexed_ = 0;
+  if (index_.piece_bytes) grow(index_, head[2] / kIndexTokens);
   for (Class& c : classes_) {
-    uint64_t shape[4];
+    uint64_t shape[5];
     get(shape, sizeof shape);
     const uint64_t pieces = pieces_needed(c, uint32_t(head[2]));
-    if (shape[0] != c.window || shape[1] != c.ring || shape[2] != c.piece_bytes || shape[3] != pieces)
-      throw EngineError("the saved session is of another model or of another context length");
+    if (shape[0] != c.window || shape[1] != c.tokens || shape[2] != c.ring || shape[3] != c.piece_bytes || shape[4] != pieces)
+      throw EngineError("the saved session is of another model, of another context length or of another kind of attention");
     grow(c, pieces);
     for_used(c, uint32_t(head[2]), get);
   }

@@ -12,6 +12,11 @@
 //
 // Layers with a window share a ring of pieces that holds the window, one pass and some slack for
 // rewinding. Convolution layers keep the last inputs of each channel in a ring.
+//
+// A cache with a Selection keeps the layers that see everything in records: key and value of a token lie
+// together, since a decode step reads tokens here and there, and 16 tokens of all those layers are one
+// piece of memory, which is what a disk tier moves. An index (kernels.h: IndexKernels) behind them says in two bits a
+// channel which tokens are worth reading.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -23,15 +28,26 @@
 
 namespace edgert {
 
+// Which past tokens a decode step reads in layers that see everything: the first `sinks`, at least the last
+// `recent`, and the `budget` most promising of those between, chosen for each KV head. 0: all of them.
+struct Selection {
+  uint32_t budget = 0;
+  uint32_t sinks = 16;
+  uint32_t recent = 128;
+};
+
 inline constexpr uint32_t kMaxChunk = 256;   // tokens of one forward pass
 inline constexpr uint32_t kConvRing = 64;    // inputs a convolution remembers
 
 class KvCache {
  public:
+  static constexpr uint32_t kMaxGroup = 64;  // query heads to a KV head, in records
+
   // At most `context` positions. Throws EngineError.
-  KvCache(const ModelSpec& spec, uint32_t context, KvType type = KvType::F16);
+  KvCache(const ModelSpec& spec, uint32_t context, KvType type = KvType::F16, const Selection& selection = {});
 
   KvType type() const { return type_; }
+  const Selection& selection() const { return selection_; }
   size_t page_bytes() const { return page_; }  // of a page's K, and of its V
 
   uint32_t length() const { return length_; }
@@ -66,6 +82,26 @@ class KvCache {
   uint8_t* values(uint32_t layer, uint32_t kv_head, uint32_t index) const {
     return keys(layer, kv_head, index) + half_;
   }
+  // Whether the layer's keys and values are records.
+  bool records(uint32_t layer) const { return !places_[layer].conv && classes_[places_[layer].cls].tokens == kPageTokens; }
+  // The record of a token of such a layer.
+  uint8_t* record(uint32_t layer, uint32_t kv_head, uint32_t position) const {
+    const Place& p = places_[layer];
+    return classes_[p.cls].pieces[position / kPageTokens] + p.offset +
+           (size_t(kv_head) * kPageTokens + position % kPageTokens) * record_;
+  }
+  // The index of block `block` (position / kIndexTokens) of such a layer's KV head.
+  uint8_t* index(uint32_t layer, uint32_t kv_head, uint32_t block) const {
+    return index_.pieces[block] + places_[layer].index + kv_head * index_block_bytes(head_dim_);
+  }
+  // Blocks with an index; set_indexed() declares that those below `blocks` have one.
+  uint32_t indexed() const { return indexed_; }
+  void set_indexed(uint32_t blocks) { indexed_ = blocks; }
+  // Blocks that a step at `length` looks up in the index, when all have one: what lies behind is read.
+  uint32_t blocks_at(uint32_t length) const {
+    return length > selection_.recent ? (length - selection_.recent) / kIndexTokens : 0;
+  }
+
   // Inputs of convolution layer `layer` at `position`: dim floats.
   float* conv_input(uint32_t layer, uint32_t position) const {
     return conv_ + (size_t(places_[layer].offset) * kConvRing + position % kConvRing) * dim_;
@@ -81,7 +117,8 @@ class KvCache {
  private:
   struct Class {  // layers whose pages live and die together
     uint32_t window = 0;
-    uint32_t ring = 0;  // pieces in the ring; 0: one piece for every chunk
+    uint32_t tokens = kChunkTokens;  // of a piece; kPageTokens: in records
+    uint32_t ring = 0;               // pieces in the ring; 0: none is used twice
     size_t piece_bytes = 0;
     std::vector<uint8_t*> pieces;
     std::vector<Buffer> slabs;
@@ -90,6 +127,7 @@ class KvCache {
   struct Place {
     uint32_t cls = 0;
     size_t offset = 0;  // in the piece; for a convolution its number
+    size_t index = 0;   // in the index of a block
     bool conv = false;
     uint32_t kv_heads = 0;
   };
@@ -101,12 +139,15 @@ class KvCache {
   void for_used(const Class& c, uint32_t length, F&& f) const;
 
   KvType type_;
-  uint32_t context_, dim_, conv_reach_ = 0;
-  size_t page_;
+  Selection selection_;
+  uint32_t context_, dim_, head_dim_, conv_reach_ = 0;
+  size_t page_, record_;
   size_t half_;  // bytes of a chunk's K, and of its V
   uint32_t length_ = 0;
   uint32_t high_ = 0;  // one past the highest position written since the cache was empty
+  uint32_t indexed_ = 0;
   std::vector<Class> classes_;
+  Class index_;  // of all layers in records, a piece for each block
   std::vector<Place> places_;
   Buffer conv_buffer_;
   float* conv_ = nullptr;

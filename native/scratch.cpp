@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "sparse.h"
+
 namespace edgert {
 namespace {
 
@@ -50,8 +52,45 @@ size_t Scratch::list_bytes(const Weights& weights) const {
   return threads.size() * head_units(weights) * (sizeof(uint8_t) + 2 * sizeof(uint32_t));
 }
 
-size_t Scratch::partial_floats(const ModelSpec& spec, uint32_t length) {
-  return size_t((length + kChunkTokens - 1) / kChunkTokens) * spec.n_heads * (spec.head_dim + 2);
+namespace {
+
+// Elements of the lists that passes over a cache need.
+struct Lists {
+  size_t partial, worth, page, places;
+};
+
+Lists lists(const ModelSpec& spec, const KvCache& cache, uint32_t length) {
+  size_t parts = (length + kChunkTokens - 1) / kChunkTokens;
+  Lists l{};
+  if (const uint32_t budget = cache.selection().budget) {
+    parts = std::max<size_t>(parts, SparseCut::most_parts(cache.selection()));
+    uint32_t kv = 0;
+    for (const LayerSpec& layer : spec.layers) kv = std::max(kv, layer.conv || layer.window ? 0 : layer.n_kv_heads);
+    l.worth = size_t(kv) * (length / kIndexTokens * kIndexTokens);
+    l.page = kChunkPages * cache.page_bytes();
+    l.places = budget;
+  }
+  l.partial = parts * spec.n_heads * (spec.head_dim + 2);
+  return l;
+}
+
+}  // namespace
+
+void Scratch::reserve(const ModelSpec& spec, const KvCache& cache, uint32_t length) {
+  const Lists l = lists(spec, cache, length);
+  grow(partial, l.partial);
+  grow(worth, l.worth);
+  worth_stride = length / kIndexTokens * kIndexTokens;
+  for (Private& p : threads) {
+    grow(p.keys, l.page);
+    grow(p.values, l.page);
+    grow(p.places, l.places);
+  }
+}
+
+size_t Scratch::reserved_bytes(const ModelSpec& spec, const KvCache& cache, uint32_t length, uint32_t threads) {
+  const Lists l = lists(spec, cache, length);
+  return l.partial * sizeof(float) + l.worth + threads * (2 * l.page + l.places * sizeof(uint32_t));
 }
 
 void Scratch::allocate(const ModelSpec& spec, const Weights& weights) {
@@ -67,6 +106,7 @@ void Scratch::allocate(const ModelSpec& spec, const Weights& weights) {
 void Scratch::lay_out(Arena& a, const ModelSpec& spec, const Weights& weights) {
   const FlashHead& flash = weights.flash;
   const size_t n = kMaxChunk, dim = spec.dim, codes = std::max<size_t>(widest, 2 * dim), rope = ropes.size() * n * (spec.rope_dims / 2);
+  const size_t rows = kRecordBatches * std::max(kRowsAtOnce, spec.n_heads);
   x = a.take<float>(n * dim);
   y = a.take<float>(n * padded(spec.dim));
   q = a.take<float>(n * q_cols);
@@ -92,8 +132,8 @@ void Scratch::lay_out(Arena& a, const ModelSpec& spec, const Weights& weights) {
     p.coarse = take_quant(a, kHeadTokens * dim);
     p.tile = a.take<float>(kHeadTokens * 16);
     p.scores = a.take<float>(16 * kChunkTokens);
-    p.max = a.take<float>(kRowsAtOnce);
-    p.sum = a.take<float>(kRowsAtOnce);
+    p.max = a.take<float>(rows);
+    p.sum = a.take<float>(rows);
   }
 }
 

@@ -13,6 +13,7 @@ namespace edgert {
 
 inline constexpr uint32_t kHeadTokens = 16;  // most tokens whose logits are computed on one way through the head
 inline constexpr uint32_t kRowsAtOnce = 48;  // query rows of one prefill attention item
+inline constexpr uint32_t kRecordBatches = 4;  // times as many where keys and values are records
 inline constexpr uint32_t kMaxHeadDim = 256;
 
 // At least n elements, and no spare ones: what a model takes is known before it is taken.
@@ -41,8 +42,10 @@ struct Scratch {
   // What allocate() would take, in `arena` and in the vectors of the threads.
   size_t arena_bytes(const ModelSpec& spec, const Weights& weights);
   size_t list_bytes(const Weights& weights) const;
-  // Floats of `partial` for a sequence of `length`.
-  static size_t partial_floats(const ModelSpec& spec, uint32_t length);
+  // Makes room for passes over `cache` up to `length`.
+  void reserve(const ModelSpec& spec, const KvCache& cache, uint32_t length);
+  // What reserve() takes in all.
+  static size_t reserved_bytes(const ModelSpec& spec, const KvCache& cache, uint32_t length, uint32_t threads);
 
   struct Likely {
     float logit;
@@ -56,7 +59,9 @@ struct Scratch {
     QuantActs coarse;  // [kHeadTokens][dim] in one
     float* tile;       // [kHeadTokens][16]
     float* scores;     // [16][kChunkTokens]
-    float *max, *sum;  // [kRowsAtOnce]
+    float *max, *sum;  // [kRecordBatches][the larger of kRowsAtOnce and n_heads]
+    std::vector<uint8_t> keys, values;  // [kChunkPages] pages made of records
+    std::vector<uint32_t> places;       // tokens picked for a KV head
     Likely likeliest[kHeadTokens];
     std::vector<uint32_t> chosen;  // clusters or units that the last stage of a FlashHead chose
     std::vector<uint32_t> units;   // units of the head's rows that are looked at
@@ -87,6 +92,10 @@ struct Scratch {
   // [chunks][n_heads][head_dim + 2]. Grows with the context, before a pass.
   std::vector<float> partial;
 
+  // What the tokens before the recent ones are worth, [KV heads][worth_stride] (kernels.h: Scan).
+  std::vector<int8_t> worth;
+  uint32_t worth_stride = 0;
+
   // Logits of the whole head in the order of a FlashHead's rows, [kHeadTokens][rows]; grows with use.
   std::vector<float> by_row;
   // Tokens of the units scored last and their logits, [units][kUnit]; grows with use.
@@ -95,8 +104,11 @@ struct Scratch {
 
   size_t bytes() const {
     size_t n = (partial.capacity() + by_row.capacity() + ids.capacity() + logits.capacity()) * sizeof(float);
-    for (const Private& p : threads)
+    n += worth.capacity();
+    for (const Private& p : threads) {
       n += p.taken.capacity() + (p.chosen.capacity() + p.units.capacity()) * sizeof(uint32_t);
+      n += p.keys.capacity() + p.values.capacity() + p.places.capacity() * sizeof(uint32_t);
+    }
     return arena_.bytes() + n;
   }
 

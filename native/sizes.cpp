@@ -17,10 +17,10 @@ size_t Sizes::padding_bytes() const {
   return arena_bytes_ - weights_.body_bytes - weights_.embedding_bytes - weights_.head_bytes - weights_.flash.bytes;
 }
 
-size_t Sizes::activations(uint32_t length, Head head, uint32_t probes, uint32_t keep) const {
+size_t Sizes::activations(const KvCache& cache, uint32_t length, Head head, uint32_t probes, uint32_t keep) const {
   Scratch s(spec_, weights_, threads_);
   size_t n = Buffer::rounded(s.arena_bytes(spec_, weights_)) + s.list_bytes(weights_) +
-             Scratch::partial_floats(spec_, length) * sizeof(float);
+             Scratch::reserved_bytes(spec_, cache, length, threads_);
   if (!weights_.flash.token.empty()) n += weights_.head.rows * sizeof(float);  // a prompt's last logits are dense
   if (head != Head::Dense)
     n += weights_.flash_units(probes, keep) * FlashHead::kUnit * (sizeof(float) + sizeof(uint32_t));

@@ -19,9 +19,9 @@ class Sizes {
   size_t padding_bytes() const;                        // of it that are no tensor
   // Buffers of a forward pass and of the head after `length` positions.
   enum class Head { Dense, Flash, Exact };
-  size_t activations(uint32_t length, Head head, uint32_t probes, uint32_t keep) const;
+  size_t activations(const KvCache& cache, uint32_t length, Head head, uint32_t probes, uint32_t keep) const;
   // An empty KV cache of at most `context` positions: it says what it will take.
-  KvCache kv(uint32_t context, KvType type) const { return {spec_, context, type}; }
+  KvCache kv(uint32_t context, KvType type, const Selection& selection) const { return {spec_, context, type, selection}; }
 
  private:
   ModelSpec spec_;

@@ -99,8 +99,9 @@ def check_close(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32
     assert error.max() < (1e-4 if quant == "F16" else 3e-2)
 
 
-def test_kernels_agree_with_arithmetic(host: Path) -> None:
-    out = run(host / "test_kernels").decode()
+@pytest.mark.parametrize("program", ["test_kernels", "test_records"])
+def test_kernels_agree_with_arithmetic(program: str, host: Path) -> None:
+    out = run(host / program).decode()
     assert [line.split(":")[0] for line in out.splitlines()] == _native.isa_levels()
 
 
@@ -144,8 +145,9 @@ def test_a_cpu_without_avx2_is_told_so(host: Path, tmp_path: Path) -> None:
 
 
 @arm
-def test_arm_kernels_agree_with_arithmetic(aarch64: Path) -> None:
-    out = run(*QEMU, aarch64 / "test_kernels").decode()
+@pytest.mark.parametrize("program", ["test_kernels", "test_records"])
+def test_arm_kernels_agree_with_arithmetic(program: str, aarch64: Path) -> None:
+    out = run(*QEMU, aarch64 / program).decode()
     assert [line.split(":")[0] for line in out.splitlines()] == ["neon", "scalar"]
 
 

@@ -33,9 +33,9 @@ REAL = ["smollm2-135m", "gemma-3-270m"]
 MB = 1_000_000
 
 
-def case_of(path: Path, kv: str = "f16", head: str = "auto") -> Case:
+def case_of(path: Path, kv: str = "f16", head: str = "auto", chosen: int = 0) -> Case:
     file = _native.GgufFile(str(path))
-    return Case.read(file, choose_sidecar(str(path), head, "native"), 0, 2, kv, head, 0)
+    return Case.read(file, choose_sidecar(str(path), head, "native"), 0, 2, kv, head, 0, chosen)
 
 
 @pytest.fixture(params=TINY, ids=lambda m: m[0])
@@ -47,16 +47,24 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("kv", KV_TYPES)
-@pytest.mark.parametrize("head", ["dense", "flash", "exact"])
-def test_every_allocation_of_a_run_is_a_term_of_the_plan(base: Path, head: str, kv: str) -> None:
+@pytest.mark.parametrize(
+    ("head", "kv", "chosen"),
+    [
+        *((head, kv, 0) for head in ("dense", "flash", "exact") for kv in KV_TYPES),
+        *(("dense", kv, 24) for kv in KV_TYPES),
+    ],
+)
+def test_every_allocation_of_a_run_is_a_term_of_the_plan(base: Path, head: str, kv: str, chosen: int) -> None:
     if case_of(base).spec.head_dim % KV_CHANNELS[kv]:
         with pytest.raises(UsageError, match="multiple of 32 channels"):
             edgert.load(base, kv=kv)
         return
     before = _native.allocated()
-    with edgert.load(base, threads=2, head=head, kv=kv, context=64) as model:
-        case = case_of(base, kv, head)
+    attention = "sparse" if chosen else "full"
+    with edgert.load(
+        base, threads=2, head=head, kv=kv, context=64, attention=attention, budget=chosen
+    ) as model:
+        case = case_of(base, kv, head, chosen)
         with model.session() as session:
             session.generate(list(range(1, 40)), max_tokens=8)
             length = session._sequence.length
@@ -64,7 +72,7 @@ def test_every_allocation_of_a_run_is_a_term_of_the_plan(base: Path, head: str, 
             memory = model.memory()
             kept = session._sequence.nbytes
     terms = {part.name: part.bytes for part in case.memory(length)}
-    shares, conv = case.sizes.kv(64, length, kv)
+    shares, conv = case.sizes.kv(64, length, kv, chosen)
     assert took.pop("the weights") == case.sizes.arena_bytes
     assert took.pop("the KV cache") == sum(size for _, size in shares)
     assert took.pop("the convolution state", 0) == conv == terms.get("convolution state", 0)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from edgert.attention import DEFAULT_BUDGET
 from edgert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the keys and values kept: f16 (default), or q8, which halves their memory",
     )
 
+    add_attention(load)
+
     make = parser.add_argument_group("generation")
     make.add_argument("--system", metavar="TEXT", help="system message that precedes the conversation")
     make.add_argument(
@@ -73,6 +76,22 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
     make.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+
+
+def add_attention(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--attention",
+        default="full",
+        metavar="NAME",
+        help="full (default), or sparse: a step reads only the past tokens that matter most",
+    )
+    parser.add_argument(
+        "--budget",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"tokens that sparse attention chooses for each KV head; default: {DEFAULT_BUDGET}",
     )
 
 
@@ -116,6 +135,8 @@ def load_model(args: argparse.Namespace) -> Model:
             kv=args.kv,
             head=args.head,
             probes=args.probes,
+            attention=args.attention,
+            budget=args.budget,
         )
     finally:
         if terminal:

@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
+from edgert.cli.options import add_attention
 from edgert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head", default="auto", metavar="NAME", help="auto (default), dense, flash or exact"
     )
     parser.add_argument("--probes", type=int, default=0, metavar="N", help="clusters flash scores")
+    add_attention(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -51,6 +53,8 @@ def main(args: argparse.Namespace) -> int:
         kv=args.kv,
         head=args.head,
         probes=args.probes,
+        attention=args.attention,
+        budget=args.budget,
     )
     if args.json:
         import json
@@ -83,7 +87,8 @@ def _print(made: Plan) -> None:
     name = "".join(c if c.isprintable() else "\ufffd" for c in made.model)
     print(
         f"{name}: {made.context} tokens of context, {made.kv} keys and values, {made.head} head, "
-        f"{made.threads} thread{'s' if made.threads > 1 else ''}"
+        + (f"sparse attention to {made.chosen} tokens, " if made.chosen else "")
+        + f"{made.threads} thread{'s' if made.threads > 1 else ''}"
     )
     print(f"on {made.platform}\n")
     width = max(len(part.name) for part in made.memory) + 2

@@ -52,12 +52,14 @@ def engine_for(
     context: int | None,
     sidecar: Sidecar | None = None,
     probes: int = 0,
+    chosen: int = 0,
 ) -> Engine:
     """Load an open file, whose ``metadata`` the caller has at hand, into an engine.
 
     "auto" is native for what native knows, else llamacpp if it is installed. ``context`` is the
     longest session that will be asked for (None: what the model was made for). ``sidecar`` and
-    ``probes`` (0: the sidecar's own number) are for native alone. Raises UsageError,
+    ``probes`` (0: the sidecar's own number) and ``chosen`` (past tokens that a step chooses; 0: it reads all)
+    are for native alone. Raises UsageError,
     UnsupportedModelError, ModelFileError or EngineError.
     """
     check_options(engine, threads, kv)
@@ -65,9 +67,11 @@ def engine_for(
     if engine == "llamacpp":
         return _open_llamacpp(file.path, threads, context, kv)
     try:
-        return _open_native(file, metadata, threads, sidecar, probes, kv)
+        return _open_native(file, metadata, threads, sidecar, probes, kv, chosen)
     except UnsupportedModelError as error:
         what = f"{file.path}: the native engine cannot run this model: {error}"
+        if chosen:
+            raise UnsupportedModelError(f"{what}, and no other has attention='sparse'") from error
         if engine == "native":
             raise UnsupportedModelError(f"{what}; try engine='llamacpp', which knows more models") from error
         if find_spec("llama_cpp") is None:
@@ -93,10 +97,11 @@ def _open_native(
     sidecar: Sidecar | None,
     probes: int,
     kv: str,
+    chosen: int,
 ) -> Engine:
     from .native import NativeEngine
 
-    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv)
+    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv, chosen)
 
 
 def native_spec(file: _native.GgufFile, metadata: Mapping[str, Any]) -> ModelSpec:

@@ -22,9 +22,11 @@ CHUNK = 256
 class NativeSession:
     """One sequence of the native engine. See :class:`edgert.engines.base.EngineSession`."""
 
-    def __init__(self, model: _native.Model, context: int, kv: str, probes: int, keep: int) -> None:
+    def __init__(
+        self, model: _native.Model, context: int, kv: str, chosen: int, probes: int, keep: int
+    ) -> None:
         self._model = model
-        self._cache = _native.Cache(model, context, kv)
+        self._cache = _native.Cache(model, context, kv, chosen)
         self._probes, self._keep = probes, keep
 
     @property
@@ -89,7 +91,8 @@ class NativeEngine:
     """A model loaded into the native core, with the FlashHead of its sidecar if there is one.
 
     ``threads`` 0 means one for each CPU this process may use; ``probes`` 0 the sidecar's own number of
-    clusters; ``kv`` is the type of the cached keys and values. Raises UsageError, ModelFileError,
+    clusters; ``kv`` is the type of the cached keys and values; ``chosen`` the past tokens that a step
+    chooses for each KV head (0: it reads all). Raises UsageError, ModelFileError,
     UnsupportedModelError or EngineError.
     """
 
@@ -103,9 +106,10 @@ class NativeEngine:
         sidecar: Sidecar | None = None,
         probes: int = 0,
         kv: str = "f16",
+        chosen: int = 0,
     ) -> None:
         check_kv(spec, kv)
-        self.spec, self.sidecar, self.kv = spec, sidecar, kv
+        self.spec, self.sidecar, self.kv, self.chosen = spec, sidecar, kv, chosen
         self.probes, self.keep = sidecar.budget(probes) if sidecar else (0, 0)
         self._model = _native.Model(file, spec.as_dict(), threads, sidecar.file if sidecar else None)
 
@@ -118,7 +122,7 @@ class NativeEngine:
         return self.spec.context_length
 
     def session(self, context: int) -> NativeSession:
-        return NativeSession(self._model, context, self.kv, self.probes, self.keep)
+        return NativeSession(self._model, context, self.kv, self.chosen, self.probes, self.keep)
 
     def memory(self) -> dict[str, int]:
         return self._model.memory()
@@ -132,6 +136,8 @@ class NativeEngine:
             "kv": self.kv,
             "weight_bytes_per_step": model.step_weight_bytes,
         }
+        if self.chosen:
+            described["budget"] = self.chosen
         if self.sidecar:
             described["body_bytes_per_step"] = model.step_body_bytes
             described["flash_bytes_per_step"] = model.step_body_bytes + model.flash_bytes(

@@ -66,24 +66,24 @@ Logits to_array(std::unique_ptr<float[]> data, std::initializer_list<size_t> sha
   return Logits(p, shape, owner);
 }
 
-Logits forward(Decoder& d, KvCache& cache, Tokens tokens, bool all) {
+Logits forward(Decoder& d, KvCache& cache, Tokens tokens, bool all, bool full) {
   const uint32_t n = uint32_t(tokens.shape(0));
   const size_t vocab = d.spec().vocab_size, rows = all ? n : 1;
   auto out = std::make_unique<float[]>(rows * vocab);
   {
     nb::gil_scoped_release release;
-    d.forward(cache, tokens.data(), n, all ? Decoder::Want::All : Decoder::Want::Last, out.get());
+    d.forward(cache, tokens.data(), n, all ? Decoder::Want::All : Decoder::Want::Last, out.get(), full);
   }
   if (all) return to_array(std::move(out), {rows, vocab});
   return to_array(std::move(out), {vocab});
 }
 
-Logits hidden(Decoder& d, KvCache& cache, Tokens tokens) {
+Logits hidden(Decoder& d, KvCache& cache, Tokens tokens, bool full) {
   const size_t n = tokens.shape(0), dim = d.spec().dim;
   auto out = std::make_unique<float[]>(n * dim);
   {
     nb::gil_scoped_release release;
-    d.forward(cache, tokens.data(), uint32_t(n), Decoder::Want::Hidden, out.get());
+    d.forward(cache, tokens.data(), uint32_t(n), Decoder::Want::Hidden, out.get(), full);
   }
   return to_array(std::move(out), {n, dim});
 }
@@ -210,8 +210,10 @@ void bind_engine(nb::module_& m) {
            nb::arg("probes"), nb::arg("keep"), "Bytes that flash() reads.")
       .def("memory", &memory, "Resident bytes by part.")
       .def("forward", &forward, nb::arg("cache"), nb::arg("tokens").noconvert(), nb::arg("all_logits") = false,
-           "Appends int32 tokens; returns float32 logits after the last, [vocab], or after each, [n, vocab].")
-      .def("hidden", &hidden, nb::arg("cache"), nb::arg("tokens").noconvert(),
+           nb::arg("full") = false,
+           "Appends int32 tokens; returns float32 logits after the last, [vocab], or after each, [n, vocab].\n"
+           "One token alone reads of a cache with a budget what is chosen, unless `full`; several read it all.")
+      .def("hidden", &hidden, nb::arg("cache"), nb::arg("tokens").noconvert(), nb::arg("full") = false,
            "Appends int32 tokens; returns the final residual of each, in front of the last norm, [n, dim].")
       .def("dense", &dense, nb::arg("hidden").noconvert(),
            "Logits of rows of hidden(), [n, vocab], by the whole head: the bits that forward() gives.")
@@ -247,28 +249,29 @@ void bind_engine(nb::module_& m) {
            nb::arg("probes"), nb::arg("keep"))
       .def(
           "activations",
-          [](const Sizes& s, uint32_t length, const std::string& head, uint32_t probes, uint32_t keep) {
-            return s.activations(length, head_named(head), probes, keep);
+          [](const Sizes& s, uint32_t length, const std::string& head, uint32_t probes, uint32_t keep, const std::string& kv,
+             uint32_t budget) {
+            return s.activations(s.kv(length, to_kv_type(kv), {.budget = budget}), length, head_named(head), probes, keep);
           },
-          nb::arg("length"), nb::arg("head"), nb::arg("probes"), nb::arg("keep"),
+          nb::arg("length"), nb::arg("head"), nb::arg("probes"), nb::arg("keep"), nb::arg("kv"), nb::arg("budget"),
           "Bytes of the buffers of a pass and of the head (dense, flash or exact) after `length` positions.")
       .def(
           "kv",
-          [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv) {
-            const KvCache cache = s.kv(context, to_kv_type(kv));
+          [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv, uint32_t budget) {
+            const KvCache cache = s.kv(context, to_kv_type(kv), {.budget = budget});
             std::vector<std::pair<uint32_t, size_t>> shares;
             for (const KvCache::Share& share : cache.shares_at(length)) shares.emplace_back(share.window, share.bytes);
             return std::make_pair(shares, cache.conv_bytes());
           },
-          nb::arg("context"), nb::arg("length"), nb::arg("kv"),
+          nb::arg("context"), nb::arg("length"), nb::arg("kv"), nb::arg("budget"),
           "Bytes of a cache of at most `context` positions that holds `length`:\n(window, bytes) of the layers that "
           "share a window (0: none), and those of the convolutions.")
       .def(
           "kv_step",
-          [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv) {
-            return s.kv(context, to_kv_type(kv)).step_bytes_at(length);
+          [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv, uint32_t budget) {
+            return s.kv(context, to_kv_type(kv), {.budget = budget}).step_bytes_at(length);
           },
-          nb::arg("context"), nb::arg("length"), nb::arg("kv"), "Bytes that a step reads of it.");
+          nb::arg("context"), nb::arg("length"), nb::arg("kv"), nb::arg("budget"), "Bytes that a step reads of it.");
 
   m.def(
       "allocated",
@@ -282,10 +285,11 @@ void bind_engine(nb::module_& m) {
   nb::class_<KvCache>(m, "Cache", "KV cache of one sequence.")
       .def(
           "__init__",
-          [](KvCache* self, const Decoder& d, uint32_t context, const std::string& kv) {
-            new (self) KvCache(d.spec(), context, to_kv_type(kv));
+          [](KvCache* self, const Decoder& d, uint32_t context, const std::string& kv, uint32_t budget) {
+            new (self) KvCache(d.spec(), context, to_kv_type(kv), {.budget = budget});
           },
-          nb::arg("model"), nb::arg("context"), nb::arg("kv") = "f16")
+          nb::arg("model"), nb::arg("context"), nb::arg("kv") = "f16", nb::arg("budget") = 0,
+          "`budget`: tokens that a step chooses for each KV head, in layers that see everything; 0: it reads all.")
       .def_prop_ro("length", &KvCache::length)
       .def_prop_ro("context", &KvCache::context)
       .def_prop_ro("nbytes", &KvCache::bytes)

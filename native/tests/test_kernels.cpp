@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "dtype.h"
 #include "formats.h"
 #include "half.h"
@@ -17,32 +18,6 @@
 using namespace edgert;
 
 namespace {
-
-std::mt19937 rng(7);
-const char* level = "";
-
-float uniform(float lo, float hi) { return std::uniform_real_distribution<float>(lo, hi)(rng); }
-
-std::vector<float> random_floats(size_t n, float limit) {
-  std::vector<float> v(n);
-  for (float& f : v) f = uniform(-limit, limit);
-  return v;
-}
-
-[[noreturn]] void fail(const std::string& what, size_t at, double expected, double found) {
-  std::fprintf(stderr, "%s: %s [%zu]: expected %.9g, found %.9g\n", level, what.c_str(), at, expected, found);
-  std::exit(1);
-}
-
-void near(const std::string& what, size_t at, double expected, double found, double tolerance) {
-  if (!(std::fabs(expected - found) <= tolerance)) fail(what, at, expected, found);
-}
-
-template <class T>
-void same(const std::string& what, const std::vector<T>& expected, const std::vector<T>& found) {
-  for (size_t i = 0; i < expected.size(); ++i)
-    if (std::memcmp(&expected[i], &found[i], sizeof(T)) != 0) fail(what, i, double(expected[i]), double(found[i]));
-}
 
 // Where the f16 numbers of a type's block stand; everything else in a block may be any bytes.
 std::vector<int> half_offsets(DType t) {

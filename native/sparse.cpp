@@ -1,0 +1,134 @@
+#include "sparse.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace edgert {
+namespace {
+
+constexpr uint32_t kStretch = 128;       // tokens of a part,
+constexpr uint32_t kShortStretch = 32;   // or of one of few
+constexpr uint32_t kLevelTokens = 16;    // first and last tokens that stand for what is always read
+constexpr uint32_t kMaxGroup = KvCache::kMaxGroup;
+
+}  // namespace
+
+SparseCut::SparseCut(const KvCache& cache, uint32_t position) {
+  const Selection& choice = cache.selection();
+  const uint32_t total = position + 1, end = cache.blocks_at(total) * kIndexTokens;
+  const uint32_t between = end - std::min(end, choice.sinks);
+  const bool all = between <= choice.budget;
+  sinks = all ? 0 : choice.sinks;
+  recent = all ? 0 : end;
+  always = total - recent + sinks;
+  blocks = all ? 0 : end / kIndexTokens;
+  chosen = all ? 0 : choice.budget;
+  stretch = always + chosen > 4 * kStretch ? kStretch : kShortStretch;
+}
+
+uint32_t SparseCut::most_parts(const Selection& choice) {
+  const uint32_t always = choice.sinks + choice.recent + kIndexTokens;
+  return std::max(4 * kStretch / kShortStretch, (always + choice.budget) / kStretch + 2);
+}
+
+void SparseStep::attend_part(uint32_t layer, uint32_t head, uint32_t part) {
+  const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, hd = s.head_dim;
+  const uint8_t* records[kStretch];
+  uint32_t count;
+  if (part < cut.always_parts()) {
+    const uint32_t first = part * cut.stretch;
+    count = std::min(cut.stretch, cut.always - first);
+    for (uint32_t i = 0; i < count; ++i) {
+      const uint32_t n = first + i;
+      records[i] = cache.record(layer, head, n < cut.sinks ? n : cut.recent + n - cut.sinks);
+    }
+  } else {
+    if (picked != head) pick(head);
+    const uint32_t first = (part - cut.always_parts()) * cut.stretch;
+    count = std::min(cut.stretch, cut.chosen - first);
+    for (uint32_t i = 0; i < count; ++i) records[i] = cache.record(layer, head, me.places[first + i]);
+  }
+  const float* q[kMaxGroup];
+  float *acc[kMaxGroup], max[kMaxGroup], sum[kMaxGroup];
+  for (uint32_t g = 0; g < group; ++g) {
+    q[g] = sc.q + size_t(head * group + g) * hd;
+    acc[g] = sc.partial.data() + (size_t(part) * s.n_heads + head * group + g) * (hd + 2);
+  }
+  k.records[size_t(cache.type())].attend({q, records, count, group, hd, me.scores, acc, max, sum});
+  for (uint32_t g = 0; g < group; ++g) acc[g][hd] = max[g], acc[g][hd + 1] = sum[g];
+}
+
+// The logarithm of what a query gives to the first and the last tokens together: what the queries of a
+// group are compared by. Where the weights of all other tokens are small, they are small against this.
+void SparseStep::measure_level(uint32_t layer, uint32_t head, const float* const* q, float* level) {
+  const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, end = cut.recent + cut.always - cut.sinks;
+  const uint8_t* records[2 * kLevelTokens];
+  for (uint32_t i = 0; i < kLevelTokens; ++i) {
+    records[i] = cache.record(layer, head, i);
+    records[kLevelTokens + i] = cache.record(layer, head, end - 1 - i);
+  }
+  float *acc[kMaxGroup], max[kMaxGroup], sum[kMaxGroup];
+  for (uint32_t g = 0; g < group; ++g) acc[g] = me.tmp + size_t(g) * s.head_dim;
+  k.records[size_t(cache.type())].attend({q, records, 2 * kLevelTokens, group, s.head_dim, me.scores, acc, max, sum});
+  for (uint32_t g = 0; g < group; ++g) level[g] = max[g] + std::log2(sum[g]);
+}
+
+void SparseStep::pick(uint32_t head) {
+  k.pick(sc.worth.data() + size_t(head) * sc.worth_stride, cut.blocks * kIndexTokens, cut.chosen, me.places.data());
+  picked = head;
+}
+
+void SparseStep::attend(uint32_t layer) {
+  const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, always = cut.always_parts();
+  picked = kNone;
+  uint32_t leveled = kNone, b, e;
+  const float* q[kMaxGroup];
+  float level[kMaxGroup];
+  const uint32_t each = always + cut.blocks;
+  while (w.claim(kv * each, b, e))
+    for (uint32_t item = b; item < e; ++item) {
+      const uint32_t head = item / each, part = item % each;
+      if (part < always) {
+        attend_part(layer, head, part);
+        continue;
+      }
+      if (leveled != head) {
+        for (uint32_t g = 0; g < group; ++g) q[g] = sc.q + size_t(head * group + g) * s.head_dim;
+        measure_level(layer, head, q, level);
+        leveled = head;
+      }
+      const uint32_t block = part - always;
+      int8_t* worth = sc.worth.data() + size_t(head) * sc.worth_stride + size_t(block) * kIndexTokens;
+      k.scan({cache.index(layer, head, block), q, level, group, s.head_dim, worth});
+      if (block == 0) std::fill(worth, worth + cut.sinks, kNever);
+    }
+  if (cut.chosen == 0) return;
+  w.barrier();
+  const uint32_t chosen = cut.parts() - always;
+  while (w.claim(kv * chosen, b, e))
+    for (uint32_t item = b; item < e; ++item) attend_part(layer, item / chosen, always + item % chosen);
+}
+
+uint32_t index_reach(const KvCache& cache, uint32_t n) {
+  return std::min(cache.blocks_at(cache.length() + n), cache.length() / kIndexTokens);
+}
+
+void make_index(const ModelSpec& s, const Kernels& k, const KvCache& cache, Pool::Worker& w, uint32_t blocks) {
+  const uint32_t first = cache.indexed();
+  for (uint32_t layer = 0; layer < s.layers.size(); ++layer) {
+    if (!cache.records(layer)) continue;
+    const uint32_t kv = s.layers[layer].n_kv_heads;
+    uint32_t b, e;
+    while (w.claim(kv * (blocks - first), b, e))
+      for (uint32_t item = b; item < e; ++item) {
+        const uint32_t head = item % kv, block = first + item / kv;
+        const uint8_t* pages[kIndexTokens / kPageTokens];
+        for (uint32_t p = 0; p < kIndexTokens / kPageTokens; ++p)
+          pages[p] = cache.record(layer, head, block * kIndexTokens + p * kPageTokens);
+        k.records[size_t(cache.type())].make_index(pages, s.head_dim, cache.index(layer, head, block));
+      }
+    w.barrier();
+  }
+}
+
+}  // namespace edgert

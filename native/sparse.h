@@ -1,0 +1,59 @@
+// Attention of one token to the tokens that the index chooses (KvCache with a Selection), layer by layer.
+//
+// First every thread takes its part of two things: attention to what is always read, and the scan of
+// the index, which says how much each token in between is worth to a KV head. Behind a barrier the
+// best are picked and read. Both give partial results, a part for each stretch of tokens, which are joined in
+// the order of the parts: the same bits with any number of threads.
+#pragma once
+#include <cstdint>
+
+#include "kernels.h"
+#include "kv.h"
+#include "pool.h"
+#include "scratch.h"
+#include "spec.h"
+
+namespace edgert {
+
+// How one token's attention to records is cut.
+struct SparseCut {
+  SparseCut(const KvCache& cache, uint32_t position);
+
+  uint32_t sinks;   // tokens below are always read,
+  uint32_t recent;  // and those from here on; the same as `sinks` when everything is read
+  uint32_t always;  // how many these are
+  uint32_t blocks;  // of the index that are scanned
+  uint32_t chosen;  // tokens that are picked of those between
+  uint32_t stretch; // tokens of a part
+  uint32_t always_parts() const { return (always + stretch - 1) / stretch; }
+  static uint32_t most_parts(const Selection& choice);
+  uint32_t parts() const { return always_parts() + (chosen + stretch - 1) / stretch; }
+};
+
+struct SparseStep {
+  const ModelSpec& s;
+  const Kernels& k;
+  KvCache& cache;
+  Pool::Worker& w;
+  Scratch& sc;
+  Scratch::Private& me;
+  SparseCut cut;
+  static constexpr uint32_t kNone = 0xffffffff;
+  uint32_t picked = kNone;  // the KV head whose choice is in me.places
+
+  // Leaves the partial results of all parts in sc.partial, [parts][n_heads][head_dim + 2], when every thread
+  // has returned.
+  void attend(uint32_t layer);
+
+  void attend_part(uint32_t layer, uint32_t head, uint32_t part);
+  void measure_level(uint32_t layer, uint32_t head, const float* const* q, float* level);
+  void pick(uint32_t head);
+};
+
+// Makes the index of blocks that have become old enough, before a pass that appends n tokens. Called by
+// all threads.
+void make_index(const ModelSpec& s, const Kernels& k, const KvCache& cache, Pool::Worker& w, uint32_t blocks);
+// How far the index of a cache reaches in such a pass.
+uint32_t index_reach(const KvCache& cache, uint32_t n);
+
+}  // namespace edgert
