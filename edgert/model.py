@@ -140,6 +140,11 @@ class Model:
         self._fingerprint = ""
         self._closed = False
 
+    @property
+    def attention(self) -> str:
+        """ "sparse" when a decode step chooses what it reads of the past, else "full"."""
+        return "sparse" if self.chosen else "full"
+
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """The reply to ``prompt`` (text, or token ids) piece by piece. Options:
         :class:`edgert.sampling.Options`.

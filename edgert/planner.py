@@ -269,8 +269,7 @@ class Case:
         return self.sizes.activations(context, self.head, *self.budget, self.kv, self.chosen)
 
     def _kv(self, context: int) -> list[Part]:
-        shares, conv = self.sizes.kv(context, context, self.kv, self.chosen)
-        index = shares.pop()[1] if self.chosen else 0
+        shares, index, conv = self.sizes.kv(context, context, self.kv, self.chosen)
         layers = [layer.window for layer in self.spec.layers if layer.kind == "attention"]
         parts = []
         for window, size in shares:

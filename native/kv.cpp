@@ -86,11 +86,13 @@ std::vector<KvCache::Share> KvCache::shares_at(uint32_t length) const {
     const size_t of_slab = pieces_of_slab(c);
     shares.push_back({c.window, slabs(pieces_needed(c, length), of_slab) * Buffer::rounded(of_slab * c.piece_bytes)});
   }
-  if (index_.piece_bytes) {
-    const size_t of_slab = pieces_of_slab(index_);
-    shares.push_back({0, slabs(length / kIndexTokens, of_slab) * Buffer::rounded(of_slab * index_.piece_bytes)});
-  }
   return shares;
+}
+
+size_t KvCache::index_bytes_at(uint32_t length) const {
+  if (!index_.piece_bytes) return 0;
+  const size_t of_slab = pieces_of_slab(index_);
+  return slabs(length / kIndexTokens, of_slab) * Buffer::rounded(of_slab * index_.piece_bytes);
 }
 
 size_t KvCache::pieces_of_slab(const Class& c) { return std::max<size_t>(1, kSlab / c.piece_bytes); }
@@ -194,7 +196,7 @@ void KvCache::load(const std::string& state) {
   };
   uint64_t head[6];
   get(head, sizeof head);
-  if (uint32_t(head[0]) != kMagic) throw EngineError("not a saved session of the native engine");
+  if (uint32_t(head[0]) != kMagic) throw EngineError("it was not saved by this version of the native engine: read the prompt again");
   if (head[0] != magic(type_))
     throw EngineError("the saved session has keys and values of another type than this one: load the model with the kv it had");
   if (head[3] != classes_.size() || head[4] != page_ || head[5] != conv_buffer_.bytes())

@@ -60,6 +60,7 @@ class KvCache {
     size_t bytes;
   };
   std::vector<Share> shares_at(uint32_t length) const;
+  size_t index_bytes_at(uint32_t length) const;  // the same of the index
   size_t conv_bytes() const { return conv_buffer_.bytes(); }
 
   // Makes room for positions up to `length`. Throws EngineError past the context or out of memory;

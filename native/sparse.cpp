@@ -26,9 +26,11 @@ SparseCut::SparseCut(const KvCache& cache, uint32_t position) {
   stretch = always + chosen > 4 * kStretch ? kStretch : kShortStretch;
 }
 
-uint32_t SparseCut::most_parts(const Selection& choice) {
+uint32_t SparseCut::most_parts(const Selection& choice, uint32_t length) {
   const uint32_t always = choice.sinks + choice.recent + kIndexTokens;
-  return std::max(4 * kStretch / kShortStretch, (always + choice.budget) / kStretch + 2);
+  const uint32_t most = std::min(always + std::min(choice.budget, length), length);
+  // What is always read and what is chosen may each end in a part that is not full.
+  return std::max(4 * kStretch / kShortStretch + 1, most / kStretch + 2);
 }
 
 void SparseStep::attend_part(uint32_t layer, uint32_t head, uint32_t part) {

@@ -26,7 +26,7 @@ struct SparseCut {
   uint32_t chosen;  // tokens that are picked of those between
   uint32_t stretch; // tokens of a part
   uint32_t always_parts() const { return (always + stretch - 1) / stretch; }
-  static uint32_t most_parts(const Selection& choice);
+  static uint32_t most_parts(const Selection& choice, uint32_t length);  // of any step up to `length`
   uint32_t parts() const { return always_parts() + (chosen + stretch - 1) / stretch; }
 };
 

@@ -3,6 +3,7 @@ neither threads nor rewinding nor saving changes a bit."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from tiny_models import prompt, tiny
 import edgert
 from edgert import _native
 from edgert.attention import DEFAULT_BUDGET, choose_budget
+from edgert.engines import native_spec
 from edgert.errors import EngineError, SessionFileError, UsageError
+from edgert.tokenizer import Tokenizer
 
 LENGTH = 700  # past two blocks of the index
 BUDGET = 40
@@ -84,6 +87,22 @@ def test_a_step_depends_on_the_sequence_alone(name: str) -> None:
         other = _native.Cache(model, 1024, kv, BUDGET)
         other.load(state)
         assert np.array_equal(found[0], steps(model, other, tokens[LENGTH - 20 :]))
+
+
+@pytest.mark.parametrize("length", [193, 200])
+def test_the_last_piece_of_a_prompt_is_read_in_full_however_short(length: int) -> None:
+    """A prompt is no step even where all but its last token is in the cache already."""
+    path, ids = tiny("llama").path, prompt(tiny("llama"), length)
+    replies = []
+    for options in ({}, {"attention": "sparse", "budget": 1}):
+        with edgert.load(path, context=256, **options) as model, model.session() as session:
+            first = session.prefill(ids, lambda: False)[0]
+            again, reused = session.prefill(ids, lambda: False)
+            assert reused == length - 1
+            scored = model.engine.session(256).score(ids[:1])
+            replies.append((first, again, scored))
+    for full, sparse in zip(*replies, strict=True):
+        assert np.array_equal(full, sparse)
 
 
 def test_blocks_that_are_written_again_get_another_index() -> None:
@@ -159,6 +178,10 @@ def test_the_command_line_takes_both() -> None:
     path = str(tiny("llama").path)
     done = command("run", path, "hello", "--attention", "sparse", "--budget", "32", "--max-tokens", "4")
     assert done.returncode == 0, done.stderr
+    done = command("run", path, "a " * 80, "--attention", "sparse", "--max-tokens", "2", "--json")
+    stats = json.loads(done.stdout)["stats"]
+    assert stats["engine"]["budget"] == DEFAULT_BUDGET
+    assert stats["planned_peak_memory"] > 0
     done = command("run", path, "hello", "--budget", "32")
     assert done.returncode == 2
     assert "full attention reads every token" in done.stderr
@@ -180,18 +203,19 @@ def divergence(full: np.ndarray, other: np.ndarray) -> float:
 def test_the_index_finds_what_matters_in_a_real_model() -> None:
     """At 2,500 tokens, 256 of them chosen by the index are near full attention; the 256 that are merely
     the latest of those between are not, which is what a broken index would come down to."""
-    with edgert.load(real_model("smollm2-135m"), context=4096) as model:
-        text = (Path(__file__).parent.parent / "docs" / "kernel-log.md").read_text(encoding="utf-8")
-        ids = np.array(model.encode(text)[:2560], dtype=np.int32)
-        assert len(ids) == 2560
-        core = model.engine._model  # type: ignore[attr-defined]
-        results = {}
-        for budget in (0, 256):
-            cache = _native.Cache(core, 4096, "f16", budget)
-            core.forward(cache, ids[:2500])
-            results[budget] = steps(core, cache, ids[2500:])
-        recent = _native.Cache(core, 4096, "f16")
-        core.forward(recent, np.concatenate([ids[:16], ids[2500 - 640 : 2500]]))
-        latest = steps(core, recent, ids[2500:])
-        assert divergence(results[0], results[256]) < 0.04
-        assert divergence(results[0], latest) > 0.1
+    path = real_model("smollm2-135m")
+    text = (Path(__file__).parent.parent / "docs" / "kernel-log.md").read_text(encoding="utf-8")
+    file = _native.GgufFile(str(path))
+    ids = np.array(Tokenizer.from_gguf(file.metadata).encode(text)[:2560], dtype=np.int32)
+    assert len(ids) == 2560
+    core = _native.Model(file, native_spec(file, file.metadata).as_dict(), 2)
+    results = {}
+    for budget in (0, 256):
+        cache = _native.Cache(core, 4096, "f16", budget)
+        core.forward(cache, ids[:2500])
+        results[budget] = steps(core, cache, ids[2500:])
+    recent = _native.Cache(core, 4096, "f16")
+    core.forward(recent, np.concatenate([ids[:16], ids[2500 - 640 : 2500]]))
+    latest = steps(core, recent, ids[2500:])
+    assert divergence(results[0], results[256]) < 0.04
+    assert divergence(results[0], latest) > 0.1

@@ -29,9 +29,10 @@ def read_bandwidth(threads: int, reached: float = 0.0) -> float:
     return _native.probe_read_bandwidth(threads, QUICK_PROBE)
 
 
-def bytes_per_token(model: Model, stats: Stats) -> float:
-    """What a decode step of this answer read on average: weights, and keys and values at the mean
-    length. A model native does not know counts its weights alone."""
+def bytes_per_token(model: Model, stats: Stats, planned: Plan | None = None) -> float:
+    """What a decode step of this answer read on average: weights, and keys and values at the mean length,
+    or as ``planned`` where a step does not read them all. A model native does not know counts its weights
+    alone."""
     from edgert.cost import kv_bytes
 
     spec = getattr(model.engine, "spec", None)
@@ -49,6 +50,8 @@ def bytes_per_token(model: Model, stats: Stats) -> float:
             spec = load_spec(file.metadata, {t.name: t.shape for t in tensors})
         except (BadModelMetadata, UnsupportedArchitecture):
             return float(weights)
+    if model.chosen and planned is not None:
+        return float(weights) + sum(step.bytes for step in planned.decode if step.name == "attention")
     return float(weights) + kv_bytes(spec, stats.prompt_tokens + stats.generated_tokens / 2, model.kv)
 
 
@@ -73,7 +76,7 @@ def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
         report["planned_generation_tokens_per_second"] = 1 / planned.decode_seconds
     threads = engine.get("threads")
     if stats.generation_tps > 0 and isinstance(threads, int) and threads > 0:
-        step = bytes_per_token(model, stats)
+        step = bytes_per_token(model, stats, planned)
         reached = step * stats.generation_tps
         report["bytes_per_token"] = int(step)
         report["read_bytes_per_second"] = reached
@@ -97,6 +100,8 @@ def _planned(model: Model, stats: Stats) -> Plan | None:
         kv=model.kv,
         head=model.head,
         probes=model.probes,
+        attention=model.attention,
+        budget=model.chosen,
     )
 
 

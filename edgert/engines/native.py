@@ -46,14 +46,15 @@ class NativeSession:
     def prefill(self, tokens: Sequence[int]) -> Logits:
         ids = np.asarray(tokens, dtype=np.int32)
         for at in range(0, max(len(ids), 1), CHUNK):
-            logits = self._model.forward(self._cache, ids[at : at + CHUNK])
+            # A piece of one token is no step: prompts are read in full whatever they are cut into.
+            logits = self._model.forward(self._cache, ids[at : at + CHUNK], full=True)
         return logits
 
     def step(self, token: int) -> Logits:
         return self._model.forward(self._cache, np.array([token], dtype=np.int32))
 
     def score(self, tokens: Sequence[int]) -> Logits:
-        return self._model.forward(self._cache, np.asarray(tokens, dtype=np.int32), True)
+        return self._model.forward(self._cache, np.asarray(tokens, dtype=np.int32), True, full=True)
 
     def hidden(self, token: int) -> Logits:
         state: Logits = self._model.hidden(self._cache, np.array([token], dtype=np.int32))[0]

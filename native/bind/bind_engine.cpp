@@ -2,6 +2,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
@@ -261,11 +262,11 @@ void bind_engine(nb::module_& m) {
             const KvCache cache = s.kv(context, to_kv_type(kv), {.budget = budget});
             std::vector<std::pair<uint32_t, size_t>> shares;
             for (const KvCache::Share& share : cache.shares_at(length)) shares.emplace_back(share.window, share.bytes);
-            return std::make_pair(shares, cache.conv_bytes());
+            return std::make_tuple(shares, cache.index_bytes_at(length), cache.conv_bytes());
           },
           nb::arg("context"), nb::arg("length"), nb::arg("kv"), nb::arg("budget"),
           "Bytes of a cache of at most `context` positions that holds `length`:\n(window, bytes) of the layers that "
-          "share a window (0: none), and those of the convolutions.")
+          "share a window (0: none), those of the index, and those of the convolutions.")
       .def(
           "kv_step",
           [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv, uint32_t budget) {

@@ -7,6 +7,8 @@
 #include "check.h"
 #include "half.h"
 #include "kernels.h"
+#include "kv.h"
+#include "sparse.h"
 
 using namespace edgert;
 
@@ -156,9 +158,31 @@ void test_pick(const Kernels& k) {
   }
 }
 
+// The room that is reserved for partial results holds those of every step.
+void test_cut() {
+  ModelSpec spec{};
+  spec.dim = spec.head_dim = 16;
+  spec.n_heads = 1;
+  spec.layers.resize(1);
+  spec.layers[0].n_kv_heads = 1;
+  for (uint32_t budget : {1u, 31u, 113u, 128u, 129u, 300u, 1024u, 100000u}) {
+    const KvCache cache(spec, 4096, KvType::F16, {.budget = budget});
+    for (uint32_t n = 1; n <= 4096; ++n) {
+      const SparseCut cut(cache, n - 1);
+      const uint32_t room = SparseCut::most_parts(cache.selection(), n);
+      if (cut.parts() > room) fail("parts of a step", n, room, cut.parts());
+      if (cut.chosen > std::min(budget, n)) fail("chosen tokens", n, std::min(budget, n), cut.chosen);
+      const uint32_t read = cut.always + cut.chosen, between = cut.recent - cut.sinks;
+      if (cut.always + between != n) fail("tokens always read", n, n - between, cut.always);
+      if (read > n || (n > cache.selection().recent && read < cache.selection().recent)) fail("tokens read", n, n, read);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  test_cut();
   for (Isa isa : isa_available()) {
     const Kernels& k = kernels_for(isa);
     level = isa_name(isa);
