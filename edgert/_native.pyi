@@ -284,7 +284,8 @@ class Sizes:
     def kv(self, context: int, length: int, kv: str, budget: int) -> tuple[list[tuple[int, int]], int, int]:
         """
         Bytes of a cache of at most `context` positions that holds `length`:
-        (window, bytes) of the layers that share a window (0: none), those of the index, and those of the convolutions.
+        (window, bytes) of the layers that share a window (0: none), those of the index,
+        and those of the convolutions.
         """
 
     def kv_step(self, context: int, length: int, kv: str, budget: int) -> int:

@@ -266,7 +266,7 @@ void bind_engine(nb::module_& m) {
           },
           nb::arg("context"), nb::arg("length"), nb::arg("kv"), nb::arg("budget"),
           "Bytes of a cache of at most `context` positions that holds `length`:\n(window, bytes) of the layers that "
-          "share a window (0: none), those of the index, and those of the convolutions.")
+          "share a window (0: none), those of the index,\nand those of the convolutions.")
       .def(
           "kv_step",
           [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv, uint32_t budget) {

@@ -1,0 +1,213 @@
+// The attention of a pass: queries and keys made ready, the cache read, the output joined.
+#include <algorithm>
+#include <cstring>
+
+#include "pass.h"
+#include "sparse.h"
+
+namespace edgert {
+
+void Decoder::Pass::rotate(float* h, uint32_t layer, uint32_t i) const {
+  const uint32_t pairs = s.rope_dims / 2;
+  const size_t at = (size_t(sc.rope_of[layer]) * kMaxChunk + i) * pairs;
+  const float *c = sc.cos + at, *sn = sc.sin + at;
+  for (uint32_t p = 0; p < pairs; ++p) {
+    const uint32_t a = s.rope_interleaved ? 2 * p : p, b = s.rope_interleaved ? a + 1 : p + pairs;
+    const float u = h[a], v = h[b];
+    h[a] = u * c[p] - v * sn[p];
+    h[b] = u * sn[p] + v * c[p];
+  }
+}
+
+void Decoder::Pass::make_query(uint32_t layer, uint32_t i, uint32_t head) const {
+  float* q = sc.q + size_t(i) * sc.q_cols + size_t(head) * s.head_dim;
+  if (const float* norm = d.weights_.layers[layer].q_norm) k.rmsnorm(q, norm, s.norm_eps, s.head_dim, q);
+  rotate(q, layer, i);
+  const float scale = s.attn_scale * 1.44269504088896341f;
+  for (uint32_t c = 0; c < s.head_dim; ++c) q[c] *= scale;
+  if (!sparse || !cache.records(layer)) attn.code_query(q, s.head_dim);
+}
+
+void Decoder::Pass::append(uint32_t layer, uint32_t i, uint32_t head) const {
+  const uint32_t hd = s.head_dim, pos = start + i;
+  const size_t at = size_t(i) * sc.kv_cols + size_t(head) * hd;
+  float key[kMaxHeadDim];
+  if (const float* norm = d.weights_.layers[layer].k_norm)
+    k.rmsnorm(sc.k + at, norm, s.norm_eps, hd, key);
+  else
+    std::memcpy(key, sc.k + at, hd * sizeof(float));
+  rotate(key, layer, i);
+  if (cache.records(layer))
+    return k.records[size_t(cache.type())].append(key, sc.v + at, hd, cache.record(layer, head, pos));
+  const uint32_t page = pos / kPageTokens;
+  attn.append(key, sc.v + at, hd, pos % kPageTokens, cache.keys(layer, head, page), cache.values(layer, head, page));
+}
+
+void Decoder::Pass::prepare_heads(uint32_t layer) {
+  const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, each = s.n_heads + s.layers[layer].n_kv_heads;
+  uint32_t b, e;
+  while (w.claim(n * each, b, e))
+    for (uint32_t item = b; item < e; ++item) {
+      // A key head, then its query heads: the shares of the threads cost the same.
+      const uint32_t i = item / each, head = item % each / (group + 1), g = item % each % (group + 1);
+      if (g == 0)
+        append(layer, i, head);
+      else
+        make_query(layer, i, head * group + g - 1);
+    }
+}
+
+void Decoder::Pass::find_pages(uint32_t layer, uint32_t kv_head, uint32_t chunk, uint32_t end, Pages& found) const {
+  const uint32_t first = chunk * kChunkPages, last = std::min(first + kChunkPages, (end + kPageTokens - 1) / kPageTokens);
+  const bool records = cache.records(layer);
+  for (uint32_t p = first; p < last; ++p) {
+    if (records) {
+      uint8_t *keys = me.keys.data() + (p - first) * cache.page_bytes(), *values = me.values.data() + (p - first) * cache.page_bytes();
+      k.records[size_t(cache.type())].to_page(cache.record(layer, kv_head, p * kPageTokens), s.head_dim, keys, values);
+      found.keys[p - first] = keys;
+      found.values[p - first] = values;
+    } else {
+      found.keys[p - first] = cache.keys(layer, kv_head, p);
+      found.values[p - first] = cache.values(layer, kv_head, p);
+    }
+  }
+}
+
+void Decoder::Pass::attend_chunk(uint32_t layer, uint32_t chunk, const Pages& pages, const Rows& r) const {
+  const uint32_t window = s.layers[layer].window, base = chunk * kChunkTokens;
+  uint32_t lo[kRowsAtOnce], hi[kRowsAtOnce];
+  uint32_t first = kChunkTokens, last = 0;
+  for (uint32_t i = 0; i < r.count; ++i) {
+    const uint32_t end = r.position[i] + 1, begin = window && end > window ? end - window : 0;
+    lo[i] = std::min(std::max(begin, base) - base, kChunkTokens);
+    hi[i] = std::min(std::max(end, base) - base, kChunkTokens);
+    if (lo[i] < hi[i]) first = std::min(first, lo[i]), last = std::max(last, hi[i]);
+  }
+  if (first >= last) return;
+  attn.attend({r.q, pages.keys, pages.values, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
+}
+
+void Decoder::Pass::finish_rows(const Rows& r) const {
+  for (uint32_t i = 0; i < r.count; ++i) {
+    const float f = 1.0f / r.sum[i];
+    for (uint32_t c = 0; c < s.head_dim; ++c) r.acc[i][c] *= f;
+  }
+}
+
+void Decoder::Pass::attend_many(uint32_t layer) {
+  const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, hd = s.head_dim;
+  // The input of q, k and v has been read: its place takes the output.
+  const uint32_t batch = std::max(1u, kRowsAtOnce / group), block = cache.records(layer) ? kRecordBatches * batch : batch;
+  const uint32_t blocks = (n + block - 1) / block, window = s.layers[layer].window;
+  uint32_t b, e;
+  while (w.claim(blocks * kv, b, e))
+    for (uint32_t item = b; item < e; ++item) {
+      const uint32_t head = item % kv, first = item / kv * block, count = std::min(block, n - first);
+      const uint32_t end = start + first + count, seen = start + first + 1;
+      const uint32_t begin = window && seen > window ? seen - window : 0;
+      std::fill_n(me.sum, count * group, 0.0f);
+      // Calls f(rows) for `batch` tokens at a time, in more than one round when a group is huge.
+      const auto for_rows = [&](auto&& f) {
+        for (uint32_t i0 = 0; i0 < count; i0 += batch)
+          for (uint32_t g0 = 0; g0 < group; g0 += kRowsAtOnce) {
+            const uint32_t gs = std::min(group - g0, kRowsAtOnce);
+            Rows r{};
+            r.count = std::min(batch, count - i0) * gs;
+            r.max = me.max + i0 * group + g0, r.sum = me.sum + i0 * group + g0;
+            for (uint32_t row = 0; row < r.count; ++row) {
+              const uint32_t i = first + i0 + row / gs;
+              const size_t at = size_t(i) * sc.q_cols + size_t(head * group + g0 + row % gs) * hd;
+              r.q[row] = sc.q + at;
+              r.acc[row] = in.f + at;
+              r.position[row] = start + i;
+            }
+            f(r);
+          }
+      };
+      for (uint32_t c = begin / kChunkTokens; c * kChunkTokens < end; ++c) {
+        Pages pages;
+        find_pages(layer, head, c, end, pages);
+        for_rows([&](const Rows& r) { attend_chunk(layer, c, pages, r); });
+      }
+      for_rows([&](const Rows& r) { finish_rows(r); });
+    }
+  w.barrier();
+  set_cols(sc.q_cols);
+  for_tokens([&](uint32_t i) {
+    set_input(i, in.f + size_t(i) * sc.q_cols, quantised(d.weights_.layers[layer].output));
+  });
+  w.barrier();
+}
+
+Decoder::Pass::Cut Decoder::Pass::cut(uint32_t layer) const {
+  const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, window = s.layers[layer].window;
+  const uint32_t end = start + 1, first = (window && end > window ? end - window : 0) / kChunkTokens;
+  const uint32_t chunks = (end + kChunkTokens - 1) / kChunkTokens - first;
+  if (chunks * kv < 4 * w.threads()) return {first, chunks, 1, s.n_heads * chunks, s.n_heads * chunks};
+  return {first, chunks, group, kv * chunks, 1};
+}
+
+void Decoder::Pass::barrier_before_attention(uint32_t layer) {
+  if (!one || cache.records(layer)) return w.barrier();
+  const Cut c = cut(layer);
+  const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, window = s.layers[layer].window, end = start + 1;
+  const uint32_t stretch = c.items * w.index() / w.threads() * c.rows / group;
+  const uint32_t low = window && end > window ? end - window : 0;
+  const uint32_t page = std::max(low, (c.first + stretch % c.chunks) * kChunkTokens) / kPageTokens;
+  const size_t pages = std::min(kChunkPages - page % kChunkPages, (end - 1) / kPageTokens + 1 - page);
+  w.barrier(cache.keys(layer, stretch / c.chunks, page), std::min(kFetchAhead, pages * cache.page_bytes()));
+}
+
+void Decoder::Pass::attend_one(uint32_t layer) {
+  const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, hd = s.head_dim;
+  const Cut cut = this->cut(layer);
+  const size_t size = hd + 2;
+  uint32_t b, e;
+  while (w.claim(cut.items, b, e, cut.least))
+    for (uint32_t row = b * cut.rows; row < e * cut.rows;) {
+      const uint32_t chunk = row / group % cut.chunks, kv_head = row / group / cut.chunks, first = row % group;
+      Rows r{};
+      r.max = me.max, r.sum = me.sum, r.count = std::min({group - first, e * cut.rows - row, kRowsAtOnce});
+      row += r.count;
+      for (uint32_t i = 0; i < r.count; ++i) {
+        const uint32_t head = kv_head * group + first + i;
+        r.q[i] = sc.q + size_t(head) * hd;
+        r.acc[i] = sc.partial.data() + (size_t(chunk) * s.n_heads + head) * size;
+        r.position[i] = start;
+        r.sum[i] = 0;
+      }
+      Pages pages;
+      find_pages(layer, kv_head, cut.first + chunk, start + 1, pages);
+      attend_chunk(layer, cut.first + chunk, pages, r);
+      for (uint32_t i = 0; i < r.count; ++i) r.acc[i][hd] = r.max[i], r.acc[i][hd + 1] = r.sum[i];
+    }
+  join_parts(layer, cut.chunks);
+}
+
+void Decoder::Pass::attend_sparse(uint32_t layer) {
+  SparseStep step{s, k, cache, w, sc, me, SparseCut(cache, start)};
+  step.attend(layer);
+  join_parts(layer, step.cut.parts());
+}
+
+void Decoder::Pass::join_parts(uint32_t layer, uint32_t parts) {
+  const uint32_t hd = s.head_dim;
+  const size_t size = hd + 2;
+  barrier_before(d.weights_.layers[layer].output);
+  set_cols(sc.q_cols);
+  for (uint32_t h = 0; h < s.n_heads; ++h) {
+    float* out = in.f + size_t(h) * hd;
+    const float* p = sc.partial.data() + size_t(h) * size;
+    std::memcpy(out, p, hd * sizeof(float));
+    float max = p[hd], sum = p[hd + 1];
+    for (uint32_t c = 1; c < parts; ++c) {
+      p += s.n_heads * size;
+      k.merge(&max, &sum, out, p[hd], p[hd + 1], p, hd);
+    }
+    const float f = 1.0f / sum;
+    for (uint32_t i = 0; i < hd; ++i) out[i] *= f;
+  }
+  set_input(0, in.f, quantised(d.weights_.layers[layer].output));
+}
+
+}  // namespace edgert

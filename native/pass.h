@@ -1,0 +1,147 @@
+// A forward pass over a chunk of tokens, step by step: forward.cpp has the layers, attention.cpp what lies between
+// the matrices of q, k, v and the output projection.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "decoder.h"
+#include "formats.h"
+#include "scratch.h"
+
+namespace edgert {
+
+inline constexpr size_t kFetchAhead = 65536;  // bytes asked for at a barrier; a part of any L2
+
+inline bool quantised(const PackedMatrix& m) { return find_format(m.type) != nullptr; }
+
+// One forward pass over a chunk as one thread sees it.
+struct Decoder::Pass {
+  Decoder& d;
+  KvCache& cache;
+  Pool::Worker& w;
+  const int32_t* tokens;
+  uint32_t n, start;
+  Want want;
+  bool sparse;     // a token that reads of records what the index chooses
+  uint32_t index;  // blocks that have one in this pass
+
+  const ModelSpec& s = d.spec_;
+  const Kernels& k = d.kernels_;
+  const KvKernels& attn = k.kv[size_t(cache.type())];
+  Scratch& sc = *d.scratch_;
+  Scratch::Private& me = sc.threads[w.index()];
+  // A single token that reads all records goes the way of many: only that one turns them into pages.
+  bool one = n == 1 && (sparse || !cache.selection().budget);
+  float* x = one ? me.x : sc.x;
+  Input in = one ? me.in : sc.in;
+
+  void set_cols(uint32_t cols, uint32_t parts = 1) {
+    in.q.cols = cols;
+    in.q.parts = parts;
+  }
+
+  // Calls f(token) for this thread's tokens; a single token is everybody's.
+  template <class F>
+  void for_tokens(F&& f) {
+    if (one) return f(0);
+    uint32_t b, e;
+    while (w.claim(n, b, e))
+      for (uint32_t i = b; i < e; ++i) f(i);
+  }
+
+  void meet() {
+    if (!one) w.barrier();
+  }
+
+  // A decode step is a chain of short reads with a barrier behind each; memory should not stand still
+  // while a thread waits there. These name what it reads behind the barrier.
+  void barrier_before(const PackedMatrix& m) {
+    if (!one) return w.barrier();
+    const uint32_t lo = m.tiles() * w.index() / w.threads(), hi = m.tiles() * (w.index() + 1) / w.threads();
+    w.barrier(m.tile(lo), std::min(kFetchAhead, size_t(hi - lo) * m.stride));
+  }
+
+  void matmul(const PackedMatrix& m, uint32_t begin, uint32_t end, uint32_t count, float* y, size_t stride) const {
+    if (quantised(m))
+      k.matmul(m, begin, end, in.q, count, y, stride);
+    else
+      k.matmul_float(m, begin, end, in.f, count, y, stride);
+  }
+
+  // Makes token i's input of `in.q.cols` values from src (which may be its place in in.f).
+  void set_input(uint32_t i, const float* src, bool quant) const {
+    const uint32_t cols = in.q.cols;
+    float* dst = in.f + size_t(i) * cols;
+    if (quant)
+      k.quantize(src, in.q.token(i));
+    else if (src != dst)
+      std::memcpy(dst, src, cols * sizeof(float));
+  }
+
+  // Adds the last block's output to the residual stream and makes the next block's input.
+  void enter(bool add, const float* post_norm, const float* norm, bool quant, uint32_t parts = 1);
+
+  void embed();
+  // cos and sin of every pair at every position of the chunk.
+  void rope_tables();
+  void rotate(float* h, uint32_t layer, uint32_t i) const;
+
+  // Norm and rope of one query head of token i, in place, times the attention scale and log2(e), as the
+  // type of the cache wants it.
+  void make_query(uint32_t layer, uint32_t i, uint32_t head) const;
+  // Norm and rope of one key head of token i; key and value go to their page.
+  void append(uint32_t layer, uint32_t i, uint32_t head) const;
+  // Norm and rope of every head; keys and values go to their pages.
+  void prepare_heads(uint32_t layer);
+
+  // Attention of `rows` queries (several heads of a group, several tokens) to one chunk.
+  struct Rows {
+    const float* q[kRowsAtOnce];
+    float* acc[kRowsAtOnce];
+    uint32_t position[kRowsAtOnce];
+    float *max, *sum;
+    uint32_t count;
+  };
+
+  // The pages of a chunk up to position `end`.
+  struct Pages {
+    const uint8_t *keys[kChunkPages], *values[kChunkPages];
+  };
+  void find_pages(uint32_t layer, uint32_t kv_head, uint32_t chunk, uint32_t end, Pages& found) const;
+  void attend_chunk(uint32_t layer, uint32_t chunk, const Pages& pages, const Rows& r) const;
+  void finish_rows(const Rows& r) const;
+
+  // Prefill: an item is one KV head and a few tokens; their rows share every page read. What it costs to make
+  // pages of records is shared by several batches of rows.
+  void attend_many(uint32_t layer);
+
+  // How one token's attention is cut into items. A row is one query head and one chunk of the context;
+  // rows are counted by KV head, chunk, query head, and those of one KV head and chunk that meet in a
+  // thread share the read of its pages. An item is all of these or, when there are few, one row. The
+  // cut never changes a bit: rows are independent.
+  struct Cut {
+    uint32_t first, chunks;  // chunks of the context
+    uint32_t rows, items;    // rows of an item
+    uint32_t least;          // items to claim at once: few of them are cut in equal shares
+  };
+  Cut cut(uint32_t layer) const;
+  void barrier_before_attention(uint32_t layer);
+  void attend_one(uint32_t layer);
+  void attend_sparse(uint32_t layer);
+  // Makes the output of one token's attention of partial results.
+  void join_parts(uint32_t layer, uint32_t parts);
+
+  void add_bias(float* y, size_t stride, const float* bias, uint32_t begin, uint32_t end) const;
+  void attention(uint32_t layer);
+
+  // y = m * in; `next` is the matrix read after it.
+  void project(const PackedMatrix& m, const PackedMatrix& next);
+
+  // LFM2: y = out(C * conv(B * x)) with (B, C, x) = in(h); causal, depthwise, conv_kernel taps.
+  void convolution(uint32_t layer);
+
+  void ffn(uint32_t layer);
+  void run();
+};
+
+}  // namespace edgert
