@@ -5,7 +5,7 @@ from __future__ import annotations
 from .errors import UsageError
 
 ATTENTIONS = ("full", "sparse")
-DEFAULT_BUDGET = 1024  # docs/sparse.md has what it costs in quality
+DEFAULT_BUDGET = 1024
 LARGEST_BUDGET = 2**20
 
 
