@@ -1,5 +1,6 @@
 // Attention to records, a part of kernels_impl.h. A decode step reads them here and there, so what costs is
-// waiting for memory: all lines of a record are asked for some records ahead.
+// waiting for memory: all lines of a record are asked for some records ahead, into L2: what L1 can have in flight
+// is too little (docs/kernel-log.md).
 
 constexpr int kGroupRows = 4;  // query rows that share a read of a record
 constexpr int C16 = 16 / L;    // vectors of 16 channels
@@ -9,6 +10,7 @@ inline float sum16(const VF* a) { return vf_hsum(C16 == 2 ? vf_add(a[0], a[C16 -
 
 struct F16Records {
   static constexpr KvType kType = KvType::F16;
+  static constexpr int kTogether = 4;  // stretches of 16 values that may be weighted at once
   using Pages = F16Pages;
 
   static void append(const float* key, const float* value, uint32_t head_dim, uint8_t* record) {
@@ -60,6 +62,7 @@ struct F16Records {
 // The scales come first: a vector of them is read at once, which must not end behind the record.
 struct Q8Records {
   static constexpr KvType kType = KvType::Q8;
+  static constexpr int kTogether = 2;  // those of a scale
   using Pages = Q8Pages;
 
   static uint32_t scales_bytes(uint32_t head_dim) { return head_dim / 8; }
@@ -131,22 +134,23 @@ struct Q8Records {
 };
 
 inline void fetch_record(const uint8_t* record, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(record + i, 0, 3);
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(record + i, 0, 2);
 }
 
 template <class R>
 void attend_records(const AttnRecords& c) {
-  constexpr uint32_t kAhead = 8;
+  constexpr uint32_t kLinesAhead = 80;
   const size_t bytes = kv_record_bytes(R::kType, c.head_dim);
+  const uint32_t ahead = std::max(2u, kLinesAhead / uint32_t((bytes + 63) / 64));
   typename R::Scales scales;
   const uint32_t padded = (c.count + L - 1) / L * L;
   in_rows<kGroupRows>(0, c.rows, [&]<int N>(uint32_t r) {
     float* scores = c.scores;
     if (r == 0)
-      for (uint32_t t = 0; t < std::min(kAhead, c.count); ++t) fetch_record(c.records[t], bytes);
+      for (uint32_t t = 0; t < std::min(ahead, c.count); ++t) fetch_record(c.records[t], bytes);
     for (uint32_t t = 0; t < c.count; ++t) {
       if (r == 0) {
-        if (t + kAhead < c.count) fetch_record(c.records[t + kAhead], bytes);
+        if (t + ahead < c.count) fetch_record(c.records[t + ahead], bytes);
         scales.read(c.records[t], c.head_dim, t);
       }
       R::template dot<N>(c.records[t], c.q + r, c.head_dim, scores + t);
@@ -167,8 +171,7 @@ void attend_records(const AttnRecords& c) {
       c.sum[r + n] = vf_hsum(total);
     }
     in_steps<stretches(N)>(0, c.head_dim / 16, [&]<int S>(uint32_t step) {
-      // The channels of a scale go together.
-      constexpr int T = std::min(S, 2), C = T * C16;
+      constexpr int T = std::min(S, R::kTogether), C = T * C16;
       for (uint32_t d = step * 16; d < (step + S) * 16; d += T * 16) {
         VF a[N][C];
         unroll<N>([&](auto n) { unroll<C>([&](auto k) { a[n][k] = vf_zero(); }); });
