@@ -116,7 +116,8 @@ def table(groups: list[list[Row]], machine: str) -> str:
         f"# Sparse beside full attention: {machine}",
         "",
         "`python -m edgert.bench.sparse_check`. Medians of single steps that take turns, prose and code "
-        "together; quality is of the same steps, against full attention with the same type of keys and values.",
+        "together; quality is of the same steps, against full attention with the same type of keys and "
+        "values.",
         "",
         "| model | KV | context | budget | a step | times faster | KL | same likeliest token | perplexity "
         "| positions |",
@@ -154,9 +155,8 @@ def main() -> None:
                 budgets = [int(b) for b in args.budgets.split(",")]
                 groups.append(run(str(model_path(model)), kv, context, budgets, positions))
                 for r in groups[-1]:
-                    say(
-                        f"{r.model} {r.kv} {r.context} {r.budget}: {r.seconds * 1e3:.2f} ms, {r.divergence:.4f}"
-                    )
+                    setting = f"{r.model} {r.kv} {r.context} {r.budget}"
+                    say(f"{setting}: {r.seconds * 1e3:.2f} ms, {r.divergence:.4f}")
     cpu = detect_cpu()
     report = table(groups, f"{cpu.model}, {cpu.cores} cores")
     if args.output is None:

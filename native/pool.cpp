@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "wake.h"
+
 namespace edgert {
 namespace {
 
@@ -32,12 +34,12 @@ uint64_t cpu_now() {
   return uint64_t(t.tv_sec) * 1'000'000'000 + uint64_t(t.tv_nsec);
 }
 
-inline void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield" ::: "memory");
-#endif
+// Returns the nanoseconds slept.
+uint64_t wait_while(const std::atomic<uint32_t>& a, uint32_t old, uint32_t spins) {
+  if (spin_while(a, old, spins)) return 0;
+  const uint64_t begin = now();
+  sleep_while(a, old);
+  return now() - begin;
 }
 
 }  // namespace
@@ -64,20 +66,9 @@ Pool::~Pool() {
   for (auto& t : threads_) t.join();
 }
 
-uint64_t Pool::wait_while(std::atomic<uint32_t>& a, uint32_t old, uint32_t spins) {
-  for (uint32_t i = 0; i < spins; ++i) {
-    if (a.load(std::memory_order_acquire) != old) return 0;
-    pause();
-  }
-  const uint64_t begin = now();
-  while (a.load(std::memory_order_acquire) == old) a.wait(old, std::memory_order_acquire);
-  return now() - begin;
-}
-
 void Pool::start(uint32_t active) {
   const uint32_t job = (generation_.load(std::memory_order_relaxed) >> 8) + 1;
-  generation_.store(job << 8 | active, std::memory_order_release);
-  generation_.notify_all();
+  wake(generation_, job << 8 | active);
 }
 
 void Pool::thread_main(uint32_t index) {
@@ -161,8 +152,7 @@ void Pool::Worker::barrier(const void* next, size_t bytes) {
   const uint32_t round = p.released_.load(std::memory_order_relaxed);
   if (p.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n) {
     p.arrived_.store(0, std::memory_order_relaxed);
-    p.released_.store(round + 1, std::memory_order_release);
-    p.released_.notify_all();
+    wake(p.released_, round + 1);
   } else {
     const char* at = static_cast<const char*>(next);
     for (const char* end = at + bytes; at < end && p.released_.load(std::memory_order_acquire) == round; at += 64)

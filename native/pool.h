@@ -62,8 +62,6 @@ class Pool {
 
   void thread_main(uint32_t index);
   void work(Worker& worker);
-  // Returns the nanoseconds slept.
-  static uint64_t wait_while(std::atomic<uint32_t>& a, uint32_t old, uint32_t spins);
   void start(uint32_t active);
   void judge(uint64_t begin, uint64_t end);
 

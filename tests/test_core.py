@@ -99,6 +99,15 @@ def check_close(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32
     assert error.max() < (1e-4 if quant == "F16" else 3e-2)
 
 
+def test_no_wake_up_is_lost(host: Path) -> None:
+    run(host / "test_wake", "5")
+
+
+@pytest.mark.slow
+def test_no_wake_up_is_lost_in_minutes(host: Path) -> None:
+    run(host / "test_wake", "120")
+
+
 @pytest.mark.parametrize("program", ["test_kernels", "test_records"])
 def test_kernels_agree_with_arithmetic(program: str, host: Path) -> None:
     out = run(host / program).decode()
