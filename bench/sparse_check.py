@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from edgert.bench.measure import say
 from edgert.platforms.detect import detect_cpu
 
@@ -105,9 +106,9 @@ def run(path: str, kv: str, context: int, budgets: list[int], positions: int) ->
     ]
 
 
-def _log_softmax(logits: Logits) -> np.ndarray:
-    x = logits.astype(np.float64) - float(logits.max())
-    return x - np.log(np.exp(x).sum())
+def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    x: npt.NDArray[np.float64] = logits.astype(np.float64) - float(logits.max())
+    return x - float(np.log(np.exp(x).sum()))
 
 
 def table(groups: list[list[Row]], machine: str) -> str:
