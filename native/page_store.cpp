@@ -146,7 +146,6 @@ uint8_t* PageStore::need(uint32_t page) {
 void PageStore::rewind(uint32_t count) {
   Lock lock(mutex_);
   if (count >= pages_.size()) return;
-  std::erase_if(writes_, [&](uint32_t page) { return page >= count; });
   std::erase_if(reads_, [&](uint32_t page) {
     if (page >= count) take_back(page, Place::Disk);
     return page >= count;
@@ -156,7 +155,7 @@ void PageStore::rewind(uint32_t count) {
     Page& p = pages_.back();
     changed_.wait(lock, [&] { return p.place != Place::Reading && p.copy != Copy::Writing; });
     if (p.place == Place::Memory) take_back(pages() - 1, Place::Disk);
-    std::erase(writes_, pages() - 1);  // a write that failed meanwhile put it back
+    std::erase(writes_, pages() - 1);
     pages_.pop_back();
   }
   if (count == 0) file_.clear();
