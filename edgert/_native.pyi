@@ -345,3 +345,54 @@ def isa_selected() -> str:
     """
     The level in use: EDGERT_ISA when set, else the best. Raises EngineError for a bad EDGERT_ISA.
     """
+
+class PageStore:
+    """Pages in memory and in a file; see native/page_store.h."""
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        page_bytes: int,
+        sections: int = 1,
+        slots: int,
+        disk_cap_bytes: int = 18446744073709551615,
+        read_delay_us: int = 0,
+    ) -> None: ...
+    @property
+    def pages(self) -> int: ...
+    @property
+    def direct(self) -> bool:
+        """The file system's cache is left alone."""
+
+    @property
+    def in_memory(self) -> bool:
+        """The directory lies in memory (tmpfs), not on a disk."""
+
+    @property
+    def failed(self) -> str:
+        """Why nothing is written at present; empty otherwise."""
+
+    def add(self, data: bytes) -> int:
+        """Appends a page, which stays open; returns its number."""
+
+    def seal(self, page: int) -> None: ...
+    def rewrite(self, page: int, data: bytes) -> None:
+        """Changes a page, which is open then."""
+
+    def want(self, pages: Sequence[int]) -> None:
+        """The set of the coming step."""
+
+    def resident(self, page: int) -> bool: ...
+    def need(self, page: int) -> bytes:
+        """
+        The page, read if it is not in memory. Raises EngineError when it cannot be.
+        """
+
+    def read_sections(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The sections at (page, section), read past the slots."""
+
+    def rewind(self, count: int) -> None:
+        """Forgets the pages from `count` on."""
+
+    def stats(self) -> dict: ...

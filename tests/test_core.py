@@ -114,6 +114,10 @@ def test_kernels_agree_with_arithmetic(program: str, host: Path) -> None:
     assert [line.split(":")[0] for line in out.splitlines()] == _native.isa_levels()
 
 
+def test_pages_of_a_store_are_what_was_written(host: Path, tmp_path: Path) -> None:
+    assert b"every page as it was written" in run(host / "test_page_store", tmp_path)
+
+
 def test_files_of_an_isa_level_share_no_functions(host: Path) -> None:
     """A weak function in an object built with ISA flags may be the copy the linker keeps for everybody,
     and would then run on a CPU without these instructions."""

@@ -14,3 +14,4 @@ void bind_gguf(nanobind::module_& m);
 void bind_sampler(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
 void bind_probe(nanobind::module_& m);
+void bind_store(nanobind::module_& m);

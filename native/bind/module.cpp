@@ -10,4 +10,5 @@ NB_MODULE(_native, m) {
   bind_sampler(m);
   bind_engine(m);
   bind_probe(m);
+  bind_store(m);
 }
