@@ -288,6 +288,11 @@ class Sizes:
         and those of the convolutions.
         """
 
+    def tier(self, length: int, kv: str, budget: int, slots: int) -> tuple[int, int]:
+        """
+        Bytes that `slots` pages of a tier take at `length` positions, and the fewest there may be.
+        """
+
     def kv_step(self, context: int, length: int, kv: str, budget: int) -> int:
         """Bytes that a step reads of it."""
 
@@ -299,9 +304,27 @@ def allocated() -> dict[str, int]:
 class Cache:
     """KV cache of one sequence."""
 
-    def __init__(self, model: Model, context: int, kv: str = "f16", budget: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        context: int,
+        kv: str = "f16",
+        budget: int = 0,
+        slots: int = 0,
+        directory: str = "",
+        disk_bytes: int = 18446744073709551615,
+        read_delay_us: int = 0,
+    ) -> None:
         """
         `budget`: tokens that a step chooses for each KV head, in layers that see everything; 0: it reads all.
+        `slots`: pages of these layers in memory, the others in a file in `directory`; 0: all are.
+        """
+
+    @property
+    def tier(self) -> dict | None:
+        """
+        Of the pages: how many there are, how many fit into memory and into the set of a step; what was read, written
+        and waited for. None without a tier.
         """
 
     @property

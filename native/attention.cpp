@@ -25,6 +25,8 @@ void Decoder::Pass::make_query(uint32_t layer, uint32_t i, uint32_t head) const 
   rotate(q, layer, i);
   const float scale = s.attn_scale * 1.44269504088896341f;
   for (uint32_t c = 0; c < s.head_dim; ++c) q[c] *= scale;
+  if (!sparse && cache.tier() && i + kVoters >= n)
+    std::memcpy(sc.voters + size_t(i + kVoters - n) * sc.q_cols + size_t(head) * s.head_dim, q, s.head_dim * sizeof(float));
   if (!sparse || !cache.records(layer)) attn.code_query(q, s.head_dim);
 }
 
@@ -63,7 +65,7 @@ void Decoder::Pass::find_pages(uint32_t layer, uint32_t kv_head, uint32_t chunk,
   for (uint32_t p = first; p < last; ++p) {
     if (records) {
       uint8_t *keys = me.keys.data() + (p - first) * cache.page_bytes(), *values = me.values.data() + (p - first) * cache.page_bytes();
-      k.records[size_t(cache.type())].to_page(cache.record(layer, kv_head, p * kPageTokens), s.head_dim, keys, values);
+      k.records[size_t(cache.type())].to_page(cache.records_of(layer, kv_head, p), s.head_dim, keys, values);
       found.keys[p - first] = keys;
       found.values[p - first] = values;
     } else {
@@ -87,14 +89,44 @@ void Decoder::Pass::attend_chunk(uint32_t layer, uint32_t chunk, const Pages& pa
   attn.attend({r.q, pages.keys, pages.values, lo, hi, r.count, s.head_dim, me.scores, r.acc, r.max, r.sum});
 }
 
-void Decoder::Pass::finish_rows(const Rows& r) const {
-  for (uint32_t i = 0; i < r.count; ++i) {
-    const float f = 1.0f / r.sum[i];
-    for (uint32_t c = 0; c < s.head_dim; ++c) r.acc[i][c] *= f;
+void Decoder::Pass::attend_many(uint32_t layer) {
+  const uint32_t end = start + n, window = s.layers[layer].window;
+  const uint32_t first = (window && start + 1 > window ? start + 1 - window : 0) / kChunkTokens;
+  const uint32_t chunks = (end + kChunkTokens - 1) / kChunkTokens;
+  Tier* const tier = cache.records(layer) ? cache.tier() : nullptr;
+  if (!tier || tier->all_resident()) {
+    attend_chunks(layer, first, first, chunks);
+    w.barrier();
+  } else {
+    // Pages that are not in memory are read by one thread, a buffer ahead of those that are attended to.
+    constexpr uint32_t kChunks = Tier::kBufferPages / kChunkPages;
+    const uint32_t pages = (end + kPageTokens - 1) / kPageTokens;
+    const auto read = [&](uint32_t buffer) {
+      const uint32_t from = buffer * Tier::kBufferPages;
+      if (from < pages) tier->stream(buffer % 2, cache.section(layer), from, std::min(Tier::kBufferPages, pages - from));
+    };
+    if (w.index() == 0) read(0);
+    for (uint32_t c = 0; c < chunks; c += kChunks) {
+      if (w.index() == 0) {
+        read(c / kChunks + 1);
+        tier->arrive(c / kChunks % 2);
+      }
+      w.barrier();
+      attend_chunks(layer, 0, c, std::min(c + kChunks, chunks));
+      w.barrier();
+    }
   }
+  if (cache.records(layer) && cache.tier()) vote(layer);
+  set_cols(sc.q_cols);
+  for_tokens([&](uint32_t i) {
+    finish_rows(layer, i);
+    set_input(i, in.f + size_t(i) * sc.q_cols, quantised(d.weights_.layers[layer].output));
+  });
+  w.barrier();
 }
 
-void Decoder::Pass::attend_many(uint32_t layer) {
+// The part of attend_many() that reads the chunks [begin, end) of those from `first` on.
+void Decoder::Pass::attend_chunks(uint32_t layer, uint32_t first, uint32_t begin, uint32_t end) {
   const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, hd = s.head_dim;
   // The input of q, k and v has been read: its place takes the output.
   const uint32_t batch = std::max(1u, kRowsAtOnce / group), block = cache.records(layer) ? kRecordBatches * batch : batch;
@@ -102,10 +134,11 @@ void Decoder::Pass::attend_many(uint32_t layer) {
   uint32_t b, e;
   while (w.claim(blocks * kv, b, e))
     for (uint32_t item = b; item < e; ++item) {
-      const uint32_t head = item % kv, first = item / kv * block, count = std::min(block, n - first);
-      const uint32_t end = start + first + count, seen = start + first + 1;
-      const uint32_t begin = window && seen > window ? seen - window : 0;
-      std::fill_n(me.sum, count * group, 0.0f);
+      const uint32_t head = item % kv, token = item / kv * block, count = std::min(block, n - token);
+      const uint32_t last = start + token + count, seen = start + token + 1;
+      const uint32_t low = (window && seen > window ? seen - window : 0) / kChunkTokens;
+      const size_t row0 = (size_t(head) * kMaxChunk + token) * group;
+      if (begin == first) std::fill_n(sc.row_sum + row0, count * group, 0.0f);
       // Calls f(rows) for `batch` tokens at a time, in more than one round when a group is huge.
       const auto for_rows = [&](auto&& f) {
         for (uint32_t i0 = 0; i0 < count; i0 += batch)
@@ -113,9 +146,9 @@ void Decoder::Pass::attend_many(uint32_t layer) {
             const uint32_t gs = std::min(group - g0, kRowsAtOnce);
             Rows r{};
             r.count = std::min(batch, count - i0) * gs;
-            r.max = me.max + i0 * group + g0, r.sum = me.sum + i0 * group + g0;
+            r.max = sc.row_max + row0 + i0 * group + g0, r.sum = sc.row_sum + row0 + i0 * group + g0;
             for (uint32_t row = 0; row < r.count; ++row) {
-              const uint32_t i = first + i0 + row / gs;
+              const uint32_t i = token + i0 + row / gs;
               const size_t at = size_t(i) * sc.q_cols + size_t(head * group + g0 + row % gs) * hd;
               r.q[row] = sc.q + at;
               r.acc[row] = in.f + at;
@@ -124,19 +157,30 @@ void Decoder::Pass::attend_many(uint32_t layer) {
             f(r);
           }
       };
-      for (uint32_t c = begin / kChunkTokens; c * kChunkTokens < end; ++c) {
+      for (uint32_t c = std::max(begin, low); c < end && c * kChunkTokens < last; ++c) {
         Pages pages;
-        find_pages(layer, head, c, end, pages);
+        find_pages(layer, head, c, last, pages);
         for_rows([&](const Rows& r) { attend_chunk(layer, c, pages, r); });
       }
-      for_rows([&](const Rows& r) { finish_rows(r); });
     }
-  w.barrier();
-  set_cols(sc.q_cols);
-  for_tokens([&](uint32_t i) {
-    set_input(i, in.f + size_t(i) * sc.q_cols, quantised(d.weights_.layers[layer].output));
-  });
-  w.barrier();
+}
+
+void Decoder::Pass::finish_rows(uint32_t layer, uint32_t i) const {
+  const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, hd = s.head_dim;
+  for (uint32_t h = 0; h < s.n_heads; ++h) {
+    const float f = 1.0f / sc.row_sum[(size_t(h / group) * kMaxChunk + i) * group + h % group];
+    float* acc = in.f + size_t(i) * sc.q_cols + size_t(h) * hd;
+    for (uint32_t c = 0; c < hd; ++c) acc[c] *= f;
+  }
+}
+
+void Decoder::Pass::vote(uint32_t layer) {
+  const uint32_t voters = std::min(n, kVoters);
+  for (uint32_t i = 0; i < voters; ++i) {
+    const uint32_t position = start + n - voters + i;
+    SparseStep step{s, k, cache, w, sc, me, SparseCut(cache, position)};
+    step.vote(layer, sc.voters + size_t(kVoters - voters + i) * sc.q_cols, index);
+  }
 }
 
 Decoder::Pass::Cut Decoder::Pass::cut(uint32_t layer) const {

@@ -201,17 +201,19 @@ void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want wa
                                    ": shorten the prompt or load with a larger context");
   cache.reserve(cache.length() + n);
   scratch_->reserve(spec_, cache, cache.length() + n);
+  Scratch& sc = *scratch_;
   for (uint32_t done = 0; done < n;) {
     const uint32_t count = std::min(n - done, kMaxChunk), start = cache.length();
     const Want now = want == Want::Last && done + count < n ? Want::None : want;
     const bool sparse = cache.selection().budget && n == 1 && !full;
     const uint32_t index = cache.selection().budget ? index_reach(cache, count) : 0;
+    std::fill(sc.page_worth.begin(), sc.page_worth.end(), kNever);
+    cache.begin(start + count, sparse);
     pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now, sparse, index}.run(); });
-    cache.set_indexed(index);
+    cache.end(start + count, sparse, index, sc.page_worth.data(), sc.worth_heads, sc.page_stride);
     if (now == Want::Last) score(scratch_->x + size_t(count - 1) * spec_.dim, 1, out);
     if (now == Want::All) score(scratch_->x, count, out + size_t(done) * spec_.vocab_size);
     if (now == Want::Hidden) std::memcpy(out + size_t(done) * spec_.dim, scratch_->x, size_t(count) * spec_.dim * sizeof(float));
-    cache.set_length(start + count);
     done += count;
   }
 }

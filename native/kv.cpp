@@ -9,10 +9,14 @@ namespace edgert {
 namespace {
 
 constexpr size_t kSlab = size_t(4) << 20;
-constexpr uint64_t kMagic = 0x334b4545;  // "EEK3"
+constexpr uint64_t kMagic = 0x344b4545;  // "EEK4"
 
 // What a saved cache begins with.
 uint64_t magic(KvType type) { return kMagic | uint64_t(type) << 32; }
+
+constexpr uint32_t kBlockPages = kIndexTokens / kPageTokens;
+
+uint32_t pages_at(uint32_t length) { return (length + kPageTokens - 1) / kPageTokens; }
 
 uint32_t chunks(uint32_t tokens) { return (tokens + kChunkTokens - 1) / kChunkTokens; }
 
@@ -20,7 +24,7 @@ size_t slabs(size_t pieces, size_t of_slab) { return (pieces + of_slab - 1) / of
 
 }  // namespace
 
-KvCache::KvCache(const ModelSpec& spec, uint32_t context, KvType type, const Selection& selection)
+KvCache::KvCache(const ModelSpec& spec, uint32_t context, KvType type, const Selection& selection, const TierShape& tier)
     : type_(type),
       selection_(selection),
       context_(context),
@@ -59,6 +63,7 @@ KvCache::KvCache(const ModelSpec& spec, uint32_t context, KvType type, const Sel
       p.offset = classes_[i].piece_bytes;
       p.kv_heads = l.n_kv_heads;
       if (classes_[i].tokens == kPageTokens) {
+        p.section = classes_[i].layers++;
         classes_[i].piece_bytes += kPageTokens * record_ * l.n_kv_heads;
         p.index = index_.piece_bytes;
         index_.piece_bytes += index_block_bytes(head_dim_) * l.n_kv_heads;
@@ -70,10 +75,33 @@ KvCache::KvCache(const ModelSpec& spec, uint32_t context, KvType type, const Sel
   }
   conv_buffer_ = Buffer(size_t(convs) * kConvRing * dim_ * sizeof(float), "the convolution state");
   conv_ = reinterpret_cast<float*>(conv_buffer_.data());
+  if (tier.slots) make_tier(spec, tier);
+}
+
+void KvCache::make_tier(const ModelSpec& spec, const TierShape& shape) {
+  const Class* const records = this->records();
+  if (!records) throw EngineError("only sparse attention keeps keys and values on a disk, and of layers that see everything");
+  const size_t section = records->piece_bytes / records->layers;
+  for (uint32_t layer = 0; layer < spec.layers.size(); ++layer)
+    if (this->records(layer) && places_[layer].offset != places_[layer].section * section)
+      throw EngineError("keys and values go to a disk only where all layers that see everything have as many heads");
+  tier_ = std::make_unique<Tier>(shape, section, records->layers, selection_.budget);
+}
+
+const KvCache::Class* KvCache::records() const {
+  for (const Class& c : classes_)
+    if (c.tokens == kPageTokens) return &c;
+  return nullptr;
+}
+
+size_t KvCache::tier_bytes_at(uint32_t length, uint32_t slots) const {
+  const Class* const c = records();
+  return c ? Tier::bytes(c->piece_bytes / c->layers, c->layers, slots, uint32_t(pieces_needed(*c, length))) : 0;
 }
 
 size_t KvCache::bytes() const {
   size_t n = conv_buffer_.bytes();
+  if (tier_) n += tier_->bytes();
   for (const Class& c : classes_)
     for (const Buffer& b : c.slabs) n += b.bytes();
   for (const Buffer& b : index_.slabs) n += b.bytes();
@@ -117,11 +145,28 @@ void KvCache::reserve(uint32_t length) {
   if (length > context_)
     throw EngineError("the sequence would be " + std::to_string(length) + " tokens, the context holds " +
                       std::to_string(context_) + ": shorten the prompt or load with a larger context");
-  for (Class& c : classes_) grow(c, pieces_needed(c, length));
+  for (Class& c : classes_)
+    if (!paged(c)) grow(c, pieces_needed(c, length));
   if (index_.piece_bytes) grow(index_, length / kIndexTokens);
 }
 
-void KvCache::set_length(uint32_t length) {
+void KvCache::begin(uint32_t length, bool sparse) {
+  if (!tier_) return;
+  tier_->rewind(pages_at(length_), indexed_ * kBlockPages);  // what a pass left that failed
+  for (Class& c : classes_) {
+    if (!paged(c)) continue;
+    tier_->begin(uint32_t(pieces_needed(c, length)), sparse);
+    c.pieces.resize(tier_->store().pages());
+    for (uint32_t page = 0; page < c.pieces.size(); ++page) c.pieces[page] = tier_->resident(page);
+  }
+}
+
+void KvCache::end(uint32_t length, bool sparse, uint32_t blocks, const int8_t* worth, uint32_t heads, uint32_t stride) {
+  if (tier_) {
+    tier_->check();
+    tier_->end(blocks * kBlockPages, sparse, worth, heads, stride);
+  }
+  indexed_ = blocks;
   length_ = length;
   high_ = std::max(high_, length);
 }
@@ -137,8 +182,11 @@ uint32_t KvCache::rewind(uint32_t length) {
     lost |= needed < oldest;
   }
   if (conv_reach_ && high_ > kConvRing) lost |= length < high_ - kConvRing + conv_reach_;
-  length_ = lost ? 0 : length;
-  indexed_ = std::min(indexed_, length_ / kIndexTokens);
+  if (lost) length = 0;
+  const uint32_t blocks = std::min(indexed_, length / kIndexTokens);
+  if (tier_) tier_->rewind(pages_at(length), blocks * kBlockPages);
+  length_ = length;
+  indexed_ = blocks;
   if (length_ == 0) high_ = 0;
   return length_;
 }
@@ -176,13 +224,27 @@ void KvCache::for_used(const Class& c, uint32_t length, F&& f) const {
 std::string KvCache::save() const {
   std::string out;
   const auto put = [&](const void* p, size_t n) { out.append(static_cast<const char*>(p), n); };
-  const uint64_t head[] = {magic(type_), length_, high_, classes_.size(), page_, conv_buffer_.bytes()};
+  const std::string choice = tier_ ? tier_->save(pages_at(length_)) : "";
+  const uint64_t head[] = {magic(type_), length_, high_, indexed_, classes_.size(), page_, conv_buffer_.bytes(), choice.size()};
   put(head, sizeof head);
   for (const Class& c : classes_) {
-    const uint64_t shape[] = {c.window, c.tokens, c.ring, c.piece_bytes, pieces_needed(c, high_)};
+    // Records are used up to the length, rings and what grows like them up to the highest position.
+    const uint32_t used = c.layers ? length_ : high_;
+    const uint64_t pieces = pieces_needed(c, used);
+    const uint64_t shape[] = {c.window, c.tokens, c.ring, c.piece_bytes, pieces};
     put(shape, sizeof shape);
-    for_used(c, high_, put);
+    if (!paged(c)) {
+      for_used(c, used, put);
+      continue;
+    }
+    std::vector<uint8_t> page(c.piece_bytes);
+    for (uint32_t i = 0; i < pieces; ++i) {
+      tier_->copy(i, page.data());
+      put(page.data(), page.size());
+    }
   }
+  for (uint32_t block = 0; block < indexed_; ++block) put(index_.pieces[block], index_.piece_bytes);
+  put(choice.data(), choice.size());
   if (conv_) put(conv_, conv_buffer_.bytes());
   return out;
 }
@@ -194,31 +256,47 @@ void KvCache::load(const std::string& state) {
     std::memcpy(p, state.data() + at, n);
     at += n;
   };
-  uint64_t head[6];
-  get(head, sizeof head);
+  uint64_t head[8];
+  get(head, sizeof(uint64_t));
   if (uint32_t(head[0]) != kMagic) throw EngineError("it was not saved by this version of the native engine: read the prompt again");
   if (head[0] != magic(type_))
     throw EngineError("the saved session has keys and values of another type than this one: load the model with the kv it had");
-  if (head[3] != classes_.size() || head[4] != page_ || head[5] != conv_buffer_.bytes())
-    throw EngineError("the saved session is of another model");
-  if (head[1] > head[2] || head[2] > context_)
-    throw EngineError("the saved session holds " + std::to_string(head[2]) + " tokens, the context " +
+  get(head + 1, sizeof head - sizeof(uint64_t));
+  const auto [kind, length, high, indexed, classes, page, conv, choice] = head;
+  if (classes != classes_.size() || page != page_ || conv != conv_buffer_.bytes()) throw EngineError("the saved session is of another model");
+  if (length > high || high > context_)
+    throw EngineError("the saved session holds " + std::to_string(high) + " tokens, the context " +
                       std::to_string(context_) + ": open the session with a larger context");
+  if (indexed > length / kIndexTokens || (indexed && !index_.piece_bytes)) throw EngineError("the saved session has an index of no use");
   length_ = high_ = indexed_ = 0;
-  if (index_.piece_bytes) grow(index_, head[2] / kIndexTokens);
+  if (tier_) tier_->rewind(0, 0);
+  if (index_.piece_bytes) grow(index_, high / kIndexTokens);
   for (Class& c : classes_) {
     uint64_t shape[5];
     get(shape, sizeof shape);
-    const uint64_t pieces = pieces_needed(c, uint32_t(head[2]));
+    const uint32_t used = uint32_t(c.layers ? length : high);
+    const uint64_t pieces = pieces_needed(c, used);
     if (shape[0] != c.window || shape[1] != c.tokens || shape[2] != c.ring || shape[3] != c.piece_bytes || shape[4] != pieces)
       throw EngineError("the saved session is of another model, of another context length or of another kind of attention");
-    grow(c, pieces);
-    for_used(c, uint32_t(head[2]), get);
+    if (!paged(c)) {
+      grow(c, pieces);
+      for_used(c, used, get);
+      continue;
+    }
+    for (uint64_t i = 0; i < pieces; ++i) {
+      get(tier_->append(), c.piece_bytes);
+      tier_->appended(i < indexed * kBlockPages);
+    }
   }
+  for (uint32_t block = 0; block < indexed; ++block) get(index_.pieces[block], index_.piece_bytes);
+  std::string choices(std::min(choice, state.size() - at), '\0');
+  get(choices.data(), choices.size());
+  if (tier_) tier_->restore(choices);
   if (conv_) get(conv_, conv_buffer_.bytes());
   if (at != state.size()) throw EngineError("the saved session is longer than it says");
-  length_ = uint32_t(head[1]);
-  high_ = uint32_t(head[2]);
+  length_ = uint32_t(length);
+  high_ = uint32_t(high);
+  indexed_ = uint32_t(indexed);
 }
 
 }  // namespace edgert

@@ -15,16 +15,18 @@
 //
 // A cache with a Selection keeps the layers that see everything in records: key and value of a token lie
 // together, since a decode step reads tokens here and there, and 16 tokens of all those layers are one
-// piece of memory, which is what a disk tier moves. An index (kernels.h: IndexKernels) behind them says in two bits a
-// channel which tokens are worth reading.
+// piece of memory. An index (kernels.h: IndexKernels) behind them says in two bits a channel which tokens are
+// worth reading. With a tier (tier.h) those pieces are its pages, of which some are on the disk.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "memory.h"
 #include "spec.h"
+#include "tier.h"
 
 namespace edgert {
 
@@ -43,8 +45,9 @@ class KvCache {
  public:
   static constexpr uint32_t kMaxGroup = 64;  // query heads to a KV head, in records
 
-  // At most `context` positions. Throws EngineError.
-  KvCache(const ModelSpec& spec, uint32_t context, KvType type = KvType::F16, const Selection& selection = {});
+  // At most `context` positions. A tier needs a selection. Throws EngineError.
+  KvCache(const ModelSpec& spec, uint32_t context, KvType type = KvType::F16, const Selection& selection = {},
+          const TierShape& tier = {});
 
   KvType type() const { return type_; }
   const Selection& selection() const { return selection_; }
@@ -61,15 +64,24 @@ class KvCache {
   };
   std::vector<Share> shares_at(uint32_t length) const;
   size_t index_bytes_at(uint32_t length) const;  // the same of the index
+  // The same of records when a tier of `slots` pages holds them, and the fewest slots it may have.
+  size_t tier_bytes_at(uint32_t length, uint32_t slots) const;
+  uint32_t least_slots() const { return Tier::least_slots(selection_.budget); }
   size_t conv_bytes() const { return conv_buffer_.bytes(); }
 
   // Makes room for positions up to `length`. Throws EngineError past the context or out of memory;
   // the cache is unchanged then.
   void reserve(uint32_t length);
-  // Declares positions up to `length` written.
-  void set_length(uint32_t length);
+  // Before a pass up to `length` for which there is room, and after it, when the blocks below `blocks` have an index.
+  // `sparse`: it reads what is chosen. `worth` is what its tokens would give to the tokens of a page, [heads][stride].
+  // begin() throws EngineError when pages cannot be had, end() when they could not be read; what the cache held before
+  // the pass is unchanged then.
+  void begin(uint32_t length, bool sparse);
+  void end(uint32_t length, bool sparse, uint32_t blocks, const int8_t* worth, uint32_t heads, uint32_t stride);
+  Tier* tier() const { return tier_.get(); }
   // Keeps positions below `length`; returns the length really kept, 0 when a window or a
-  // convolution has already forgotten what lies before.
+  // convolution has already forgotten what lies before. Throws EngineError when a page cannot be read; the
+  // cache is unchanged then.
   uint32_t rewind(uint32_t length);
 
   // Page `index` (position / 16) of an attention layer's KV head.
@@ -95,9 +107,15 @@ class KvCache {
   uint8_t* index(uint32_t layer, uint32_t kv_head, uint32_t block) const {
     return index_.pieces[block] + places_[layer].index + kv_head * index_block_bytes(head_dim_);
   }
-  // Blocks with an index; set_indexed() declares that those below `blocks` have one.
-  uint32_t indexed() const { return indexed_; }
-  void set_indexed(uint32_t blocks) { indexed_ = blocks; }
+  // Whether a step may choose tokens of a page.
+  bool readable(uint32_t page) const { return !tier_ || tier_->readable(page); }
+  // The records of a page's tokens, of which a tier may have made a copy for this pass (tier.h: stream()).
+  const uint8_t* records_of(uint32_t layer, uint32_t kv_head, uint32_t page) const {
+    if (!tier_) return record(layer, kv_head, page * kPageTokens);
+    return tier_->section(page, section(layer)) + kv_head * (kPageTokens * record_);
+  }
+  uint32_t section(uint32_t layer) const { return places_[layer].section; }
+  uint32_t indexed() const { return indexed_; }  // blocks with an index
   // Blocks that a step at `length` looks up in the index, when all have one: what lies behind is read.
   uint32_t blocks_at(uint32_t length) const {
     return length > selection_.recent ? (length - selection_.recent) / kIndexTokens : 0;
@@ -120,6 +138,7 @@ class KvCache {
     uint32_t window = 0;
     uint32_t tokens = kChunkTokens;  // of a piece; kPageTokens: in records
     uint32_t ring = 0;               // pieces in the ring; 0: none is used twice
+    uint32_t layers = 0;             // in records
     size_t piece_bytes = 0;
     std::vector<uint8_t*> pieces;
     std::vector<Buffer> slabs;
@@ -129,9 +148,13 @@ class KvCache {
     uint32_t cls = 0;
     size_t offset = 0;  // in the piece; for a convolution its number
     size_t index = 0;   // in the index of a block
+    uint32_t section = 0;  // of a tier's page
     bool conv = false;
     uint32_t kv_heads = 0;
   };
+  void make_tier(const ModelSpec& spec, const TierShape& shape);
+  const Class* records() const;  // nullptr when there is none
+  bool paged(const Class& c) const { return tier_ && c.tokens == kPageTokens; }
   static size_t pieces_of_slab(const Class& c);
   void grow(Class& c, size_t pieces);
   size_t pieces_needed(const Class& c, uint32_t length) const;
@@ -149,6 +172,7 @@ class KvCache {
   uint32_t indexed_ = 0;
   std::vector<Class> classes_;
   Class index_;  // of all layers in records, a piece for each block
+  std::unique_ptr<Tier> tier_;
   std::vector<Place> places_;
   Buffer conv_buffer_;
   float* conv_ = nullptr;

@@ -41,6 +41,8 @@ PageStore::PageStore(const std::string& directory, const Shape& shape, uint32_t 
   for (auto* list : {&victims_, &reads_, &writes_}) list->reserve(shape.slots);
 }
 
+size_t PageStore::slot_bytes(size_t page_bytes, uint32_t slots) { return Buffer::rounded(slots * round_up(page_bytes)); }
+
 PageStore::~PageStore() {
   {
     const std::lock_guard lock(mutex_);

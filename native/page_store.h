@@ -69,6 +69,7 @@ class PageStore {
   uint32_t pages() const { return static_cast<uint32_t>(pages_.size()); }
   // What slots take of memory when all are in use; the table takes 8 bytes more for each section of each page.
   size_t bytes() const { return slots_.bytes(); }
+  static size_t slot_bytes(size_t page_bytes, uint32_t slots);  // what bytes() will be
 
   // Memory of page number pages(), now the last; what is in it is undefined. May wait for a page to be written.
   // It is open and in the present set. Throws EngineError when no slot can be freed; nothing has changed then.

@@ -109,11 +109,14 @@ struct Decoder::Pass {
   };
   void find_pages(uint32_t layer, uint32_t kv_head, uint32_t chunk, uint32_t end, Pages& found) const;
   void attend_chunk(uint32_t layer, uint32_t chunk, const Pages& pages, const Rows& r) const;
-  void finish_rows(const Rows& r) const;
 
   // Prefill: an item is one KV head and a few tokens; their rows share every page read. What it costs to make
   // pages of records is shared by several batches of rows.
   void attend_many(uint32_t layer);
+  void attend_chunks(uint32_t layer, uint32_t first, uint32_t begin, uint32_t end);
+  void finish_rows(uint32_t layer, uint32_t i) const;
+  // What the last tokens would read of the pages of a tier.
+  void vote(uint32_t layer);
 
   // How one token's attention is cut into items. A row is one query head and one chunk of the context;
   // rows are counted by KV head, chunk, query head, and those of one KV head and chunk that meet in a

@@ -56,7 +56,7 @@ namespace {
 
 // Elements of the lists that passes over a cache need.
 struct Lists {
-  size_t partial, worth, page, places;
+  size_t partial, worth, page_worth, page, places;
 };
 
 Lists lists(const ModelSpec& spec, const KvCache& cache, uint32_t length) {
@@ -67,6 +67,7 @@ Lists lists(const ModelSpec& spec, const KvCache& cache, uint32_t length) {
     uint32_t kv = 0;
     for (const LayerSpec& layer : spec.layers) kv = std::max(kv, layer.conv || layer.window ? 0 : layer.n_kv_heads);
     l.worth = size_t(kv) * (length / kIndexTokens * kIndexTokens);
+    l.page_worth = l.worth / kPageTokens;
     l.page = kChunkPages * cache.page_bytes();
     l.places = std::min(budget, length);
   }
@@ -80,7 +81,10 @@ void Scratch::reserve(const ModelSpec& spec, const KvCache& cache, uint32_t leng
   const Lists l = lists(spec, cache, length);
   grow(partial, l.partial);
   grow(worth, l.worth);
+  grow(page_worth, l.page_worth);
   worth_stride = length / kIndexTokens * kIndexTokens;
+  page_stride = worth_stride / kPageTokens;
+  worth_heads = page_stride ? uint32_t(l.page_worth / page_stride) : 0;
   for (Private& p : threads) {
     grow(p.keys, l.page);
     grow(p.values, l.page);
@@ -90,7 +94,7 @@ void Scratch::reserve(const ModelSpec& spec, const KvCache& cache, uint32_t leng
 
 size_t Scratch::reserved_bytes(const ModelSpec& spec, const KvCache& cache, uint32_t length, uint32_t threads) {
   const Lists l = lists(spec, cache, length);
-  return l.partial * sizeof(float) + l.worth + threads * (2 * l.page + l.places * sizeof(uint32_t));
+  return l.partial * sizeof(float) + l.worth + l.page_worth + threads * (2 * l.page + l.places * sizeof(uint32_t));
 }
 
 void Scratch::allocate(const ModelSpec& spec, const Weights& weights) {
@@ -106,7 +110,6 @@ void Scratch::allocate(const ModelSpec& spec, const Weights& weights) {
 void Scratch::lay_out(Arena& a, const ModelSpec& spec, const Weights& weights) {
   const FlashHead& flash = weights.flash;
   const size_t n = kMaxChunk, dim = spec.dim, codes = std::max<size_t>(widest, 2 * dim), rope = ropes.size() * n * (spec.rope_dims / 2);
-  const size_t rows = kRecordBatches * std::max(kRowsAtOnce, spec.n_heads);
   x = a.take<float>(n * dim);
   y = a.take<float>(n * padded(spec.dim));
   q = a.take<float>(n * q_cols);
@@ -115,6 +118,9 @@ void Scratch::lay_out(Arena& a, const ModelSpec& spec, const Weights& weights) {
   gate = a.take<float>(n * ffn);
   up = a.take<float>(n * ffn);
   conv = a.take<float>(conv_layers ? n * dim : 0);
+  row_max = a.take<float>(n * spec.n_heads);
+  row_sum = a.take<float>(n * spec.n_heads);
+  voters = a.take<float>(kVoters * q_cols);
   in.f = a.take<float>(n * widest);
   in.q = take_quant(a, n * codes);
   cluster = a.take<float>(padded(flash.clusters));
@@ -132,8 +138,8 @@ void Scratch::lay_out(Arena& a, const ModelSpec& spec, const Weights& weights) {
     p.coarse = take_quant(a, kHeadTokens * dim);
     p.tile = a.take<float>(kHeadTokens * 16);
     p.scores = a.take<float>(16 * kChunkTokens);
-    p.max = a.take<float>(rows);
-    p.sum = a.take<float>(rows);
+    p.max = a.take<float>(kRowsAtOnce);
+    p.sum = a.take<float>(kRowsAtOnce);
   }
 }
 

@@ -14,6 +14,7 @@ namespace edgert {
 inline constexpr uint32_t kHeadTokens = 16;  // most tokens whose logits are computed on one way through the head
 inline constexpr uint32_t kRowsAtOnce = 48;  // query rows of one prefill attention item
 inline constexpr uint32_t kRecordBatches = 4;  // times as many where keys and values are records
+inline constexpr uint32_t kVoters = 8;       // tokens of a prompt's pass that say which pages of a tier they would read
 inline constexpr uint32_t kMaxHeadDim = 256;
 
 // At least n elements, and no spare ones: what a model takes is known before it is taken.
@@ -59,7 +60,7 @@ struct Scratch {
     QuantActs coarse;  // [kHeadTokens][dim] in one
     float* tile;       // [kHeadTokens][16]
     float* scores;     // [16][kChunkTokens]
-    float *max, *sum;  // [kRecordBatches][the larger of kRowsAtOnce and n_heads]
+    float *max, *sum;  // [kRowsAtOnce]
     std::vector<uint8_t> keys, values;  // [kChunkPages] pages made of records
     std::vector<uint32_t> places;       // tokens picked for a KV head
     Likely likeliest[kHeadTokens];
@@ -77,6 +78,8 @@ struct Scratch {
   float *q, *k, *v;     // [kMaxChunk][q_cols], [kMaxChunk][kv_cols]
   float *gate, *up;     // [kMaxChunk][ffn]
   float* conv;          // [kMaxChunk][dim] output of the convolution, if the model has any
+  float *row_max, *row_sum;  // [KV heads][kMaxChunk][group] of the rows of attend_many()
+  float* voters;        // [kVoters][q_cols] queries of a pass's last tokens, floats whatever the type of the cache
   Input in;             // [kMaxChunk][widest], or [kMaxChunk][dim] in two parts
   float* cluster;       // [clusters], padded: scores of a FlashHead's clusters
   float* unit;          // [units] low-rank scores of units
@@ -95,6 +98,9 @@ struct Scratch {
   // What the tokens before the recent ones are worth, [KV heads][worth_stride] (kernels.h: Scan).
   std::vector<int8_t> worth;
   uint32_t worth_stride = 0;
+  // The most of it that any layer found in a page, [KV heads][page_stride], for the pages of a tier.
+  std::vector<int8_t> page_worth;
+  uint32_t page_stride = 0, worth_heads = 0;
 
   // Logits of the whole head in the order of a FlashHead's rows, [kHeadTokens][rows]; grows with use.
   std::vector<float> by_row;
@@ -104,7 +110,7 @@ struct Scratch {
 
   size_t bytes() const {
     size_t n = (partial.capacity() + by_row.capacity() + ids.capacity() + logits.capacity()) * sizeof(float);
-    n += worth.capacity();
+    n += worth.capacity() + page_worth.capacity();
     for (const Private& p : threads) {
       n += p.taken.capacity() + (p.chosen.capacity() + p.units.capacity()) * sizeof(uint32_t);
       n += p.keys.capacity() + p.values.capacity() + p.places.capacity() * sizeof(uint32_t);

@@ -10,6 +10,7 @@ constexpr uint32_t kStretch = 128;       // tokens of a part,
 constexpr uint32_t kShortStretch = 32;   // or of one of few
 constexpr uint32_t kLevelTokens = 16;    // first and last tokens that stand for what is always read
 constexpr uint32_t kMaxGroup = KvCache::kMaxGroup;
+constexpr uint32_t kBlockPages = kIndexTokens / kPageTokens;
 
 }  // namespace
 
@@ -80,6 +81,36 @@ void SparseStep::pick(uint32_t head) {
   picked = head;
 }
 
+// What tokens of a block are worth, and their pages.
+void SparseStep::scan(uint32_t layer, uint32_t head, uint32_t block, const float* const* q, const float* level, int8_t* worth) {
+  const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads;
+  k.scan({cache.index(layer, head, block), q, level, group, s.head_dim, worth});
+  if (!cache.tier()) return;
+  int8_t* const pages = sc.page_worth.data() + size_t(head) * sc.page_stride + block * kBlockPages;
+  for (uint32_t p = 0; p < kBlockPages; ++p)
+    pages[p] = std::max(pages[p], *std::max_element(worth + p * kPageTokens, worth + (p + 1) * kPageTokens));
+}
+
+void SparseStep::vote(uint32_t layer, const float* queries, uint32_t blocks) {
+  const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv;
+  blocks = std::min(blocks, cut.blocks);
+  uint32_t leveled = kNone, b, e;
+  const float* q[kMaxGroup];
+  float level[kMaxGroup];
+  int8_t worth[kIndexTokens];
+  while (w.claim(kv * blocks, b, e))
+    for (uint32_t item = b; item < e; ++item) {
+      const uint32_t head = item / blocks;
+      if (leveled != head) {
+        for (uint32_t g = 0; g < group; ++g) q[g] = queries + size_t(head * group + g) * s.head_dim;
+        measure_level(layer, head, q, level);
+        leveled = head;
+      }
+      scan(layer, head, item % blocks, q, level, worth);
+    }
+  w.barrier();
+}
+
 void SparseStep::attend(uint32_t layer) {
   const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, always = cut.always_parts();
   picked = kNone;
@@ -101,8 +132,11 @@ void SparseStep::attend(uint32_t layer) {
       }
       const uint32_t block = part - always;
       int8_t* worth = sc.worth.data() + size_t(head) * sc.worth_stride + size_t(block) * kIndexTokens;
-      k.scan({cache.index(layer, head, block), q, level, group, s.head_dim, worth});
+      scan(layer, head, block, q, level, worth);
       if (block == 0) std::fill(worth, worth + cut.sinks, kNever);
+      if (cache.tier())
+        for (uint32_t p = 0; p < kBlockPages; ++p)
+          if (!cache.readable(block * kBlockPages + p)) std::fill_n(worth + p * kPageTokens, kPageTokens, kNever);
     }
   if (cut.chosen == 0) return;
   w.barrier();

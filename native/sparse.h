@@ -45,6 +45,11 @@ struct SparseStep {
   // has returned.
   void attend(uint32_t layer);
 
+  // What the queries q [n_heads][head_dim] of the token that `cut` is of would give to pages with an index, of the
+  // first `blocks`: into sc.page_worth.
+  void vote(uint32_t layer, const float* queries, uint32_t blocks);
+
+  void scan(uint32_t layer, uint32_t head, uint32_t block, const float* const* q, const float* level, int8_t* worth);
   void attend_part(uint32_t layer, uint32_t head, uint32_t part);
   void measure_level(uint32_t layer, uint32_t head, const float* const* q, float* level);
   void pick(uint32_t head);

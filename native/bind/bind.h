@@ -5,9 +5,12 @@
 #include <string>
 
 #include "kernels.h"
+#include "page_store.h"
 
 // The type named "f16" or "q8". Throws EngineError.
 edgert::KvType to_kv_type(const std::string& name);
+
+nanobind::dict store_stats(const edgert::PageStore& s);
 
 void bind_errors(nanobind::module_& m);
 void bind_gguf(nanobind::module_& m);

@@ -268,6 +268,14 @@ void bind_engine(nb::module_& m) {
           "Bytes of a cache of at most `context` positions that holds `length`:\n(window, bytes) of the layers that "
           "share a window (0: none), those of the index,\nand those of the convolutions.")
       .def(
+          "tier",
+          [](const Sizes& s, uint32_t length, const std::string& kv, uint32_t budget, uint32_t slots) {
+            const KvCache cache = s.kv(length, to_kv_type(kv), {.budget = budget});
+            return std::make_pair(cache.tier_bytes_at(length, slots), cache.least_slots());
+          },
+          nb::arg("length"), nb::arg("kv"), nb::arg("budget"), nb::arg("slots"),
+          "Bytes that `slots` pages of a tier take at `length` positions, and the fewest there may be.")
+      .def(
           "kv_step",
           [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv, uint32_t budget) {
             return s.kv(context, to_kv_type(kv), {.budget = budget}).step_bytes_at(length);
@@ -286,11 +294,25 @@ void bind_engine(nb::module_& m) {
   nb::class_<KvCache>(m, "Cache", "KV cache of one sequence.")
       .def(
           "__init__",
-          [](KvCache* self, const Decoder& d, uint32_t context, const std::string& kv, uint32_t budget) {
-            new (self) KvCache(d.spec(), context, to_kv_type(kv), {.budget = budget});
+          [](KvCache* self, const Decoder& d, uint32_t context, const std::string& kv, uint32_t budget, uint32_t slots,
+             const std::string& directory, uint64_t disk_bytes, uint32_t read_delay_us) {
+            new (self) KvCache(d.spec(), context, to_kv_type(kv), {.budget = budget},
+                               {slots, directory, disk_bytes, read_delay_us});
           },
-          nb::arg("model"), nb::arg("context"), nb::arg("kv") = "f16", nb::arg("budget") = 0,
-          "`budget`: tokens that a step chooses for each KV head, in layers that see everything; 0: it reads all.")
+          nb::arg("model"), nb::arg("context"), nb::arg("kv") = "f16", nb::arg("budget") = 0, nb::arg("slots") = 0,
+          nb::arg("directory") = "", nb::arg("disk_bytes") = UINT64_MAX, nb::arg("read_delay_us") = 0,
+          "`budget`: tokens that a step chooses for each KV head, in layers that see everything; 0: it reads all.\n"
+          "`slots`: pages of these layers in memory, the others in a file in `directory`; 0: all are.")
+      .def_prop_ro("tier", [](const KvCache& c) -> std::optional<nb::dict> {
+        if (!c.tier()) return std::nullopt;
+        const PageStore& store = c.tier()->store();
+        nb::dict m = store_stats(store);
+        m["slots"] = store.shape().slots;
+        m["set"] = c.tier()->capacity();
+        m["pages"] = store.pages();
+        return m;
+      }, "Of the pages: how many there are, how many fit into memory and into the set of a step; what was read, written\n"
+         "and waited for. None without a tier.")
       .def_prop_ro("length", &KvCache::length)
       .def_prop_ro("context", &KvCache::context)
       .def_prop_ro("nbytes", &KvCache::bytes)

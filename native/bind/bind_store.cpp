@@ -54,7 +54,9 @@ std::vector<nb::bytes> read_sections(PageStore& s, const std::vector<std::pair<u
   return out;
 }
 
-nb::dict stats(const PageStore& s) {
+}  // namespace
+
+nb::dict store_stats(const PageStore& s) {
   const PageStore::Stats of = s.stats();
   nb::dict d;
   d["bytes_read"] = of.bytes_read;
@@ -67,8 +69,6 @@ nb::dict stats(const PageStore& s) {
   d["waited_seconds"] = of.waited_seconds;
   return d;
 }
-
-}  // namespace
 
 void bind_store(nb::module_& m) {
   nb::class_<PageStore>(m, "PageStore", "Pages in memory and in a file; see native/page_store.h.")
@@ -100,5 +100,5 @@ void bind_store(nb::module_& m) {
       .def("read_sections", &read_sections, "places"_a, "The sections at (page, section), read past the slots.")
       .def("rewind", &PageStore::rewind, "count"_a, nb::call_guard<nb::gil_scoped_release>(),
            "Forgets the pages from `count` on.")
-      .def("stats", &stats);
+      .def("stats", &store_stats);
 }

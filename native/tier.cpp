@@ -1,0 +1,217 @@
+#include "tier.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "error.h"
+#include "kernels.h"
+
+namespace edgert {
+namespace {
+
+// Pages that enter the set at a step: their reads should end before the step does.
+constexpr uint32_t kEntering = 8;
+// What fades of a page's worth at a step, and how much more than another one a page must be worth to take its
+// place, in eighths of a power of two (kernels.h: Scan).
+constexpr int kFade = 1, kMargin = 4;
+// Pages without an index: what is always read, a block that is not yet complete, and a pass.
+constexpr uint32_t kTail = 50;
+
+}  // namespace
+
+uint32_t Tier::least_slots(uint32_t budget) { return (budget + kPageTokens - 1) / kPageTokens + 2 * kEntering + kTail + 1; }
+
+size_t Tier::bytes(size_t section_bytes, uint32_t sections, uint32_t slots, uint32_t pages) {
+  const size_t table = sections * sizeof(uint64_t) + sizeof(int16_t) + 1 + 2 * sizeof(uint32_t) + 64;
+  return PageStore::slot_bytes(section_bytes * sections, slots) + Buffer::rounded(2 * kBufferPages * section_bytes) +
+         pages * table;
+}
+
+Tier::Tier(const TierShape& shape, size_t section_bytes, uint32_t sections, uint32_t budget)
+    : section_bytes_(section_bytes),
+      sections_(sections),
+      capacity_(shape.slots - std::min(shape.slots, kTail + 1)),
+      store_(shape.directory, {section_bytes * sections, sections, shape.slots, shape.disk_bytes}, shape.read_delay_us),
+      buffer_(2 * kBufferPages * section_bytes, "pages on their way from the disk") {
+  if (shape.slots < least_slots(budget))
+    throw EngineError("a budget of " + std::to_string(budget) + " tokens needs memory for " +
+                      std::to_string(least_slots(budget)) + " pages of keys and values, not " +
+                      std::to_string(shape.slots) + ": allow more memory or choose a smaller budget");
+  for (auto& reads : reads_) reads.reserve(kBufferPages);
+}
+
+void Tier::begin(uint32_t pages, bool sparse) {
+  if (sparse) {
+    if (stale_) choose(UINT32_MAX);
+    for (const uint32_t page : wanted_) store_.need(page);
+    for (const uint32_t page : entering_) readable_[page] = 1;
+    entering_.clear();
+  }
+  while (store_.pages() < pages) {
+    store_.add();
+    readable_.push_back(0);
+    worth_.push_back(kWorthless);
+  }
+  all_resident_ = true;
+  for (uint32_t page = 0; page < pages; ++page) all_resident_ &= store_.resident(page) != nullptr;
+}
+
+void Tier::end(uint32_t indexed, bool sparse, const int8_t* worth, uint32_t heads, uint32_t stride) {
+  for (uint32_t page = 0; page < sealed_; ++page) {
+    int most = kWorthless;
+    for (uint32_t head = 0; head < heads; ++head) most = std::max<int>(most, worth[size_t(head) * stride + page]);
+    worth_[page] = int16_t(std::max({worth_[page] - kFade, most, kWorthless}));
+  }
+  seal(indexed);
+  choose(sparse ? kEntering : 0);
+  stale_ = !sparse;
+}
+
+// Pages with an index are in the set until others are worth more.
+void Tier::seal(uint32_t indexed) {
+  for (; sealed_ < indexed; ++sealed_) {
+    store_.seal(sealed_);
+    worth_[sealed_] = 0;  // as much as all that is always read, until a step says
+    readable_[sealed_] = 1;
+    in_set_ += sealed_ > 0;
+  }
+}
+
+// The set of the next step but one: the pages worth most. At most `most` enter.
+void Tier::choose(uint32_t most) {
+  stale_ = false;
+  in_set_ -= uint32_t(entering_.size());  // no step has read them
+  const auto better = [&](uint32_t a, uint32_t b) { return worth_[a] != worth_[b] ? worth_[a] > worth_[b] : a > b; };
+  const auto outside = [&](uint32_t page) { return !readable_[page]; };
+  order_.clear();
+  for (uint32_t page = 1; page < sealed_; ++page) order_.push_back(page);
+  const auto end = order_.begin() + std::min<ptrdiff_t>(capacity_, ptrdiff_t(order_.size()));
+  std::nth_element(order_.begin(), end, order_.end(), better);
+  entering_.assign(order_.begin(), std::partition(order_.begin(), end, outside));
+  std::sort(entering_.begin(), entering_.end(), better);
+  const auto leaving = std::partition(end, order_.end(), outside);
+  std::sort(leaving, order_.end(), better);
+  auto worst = order_.end();
+  const auto leave = [&] {
+    readable_[*--worst] = 0;
+    --in_set_;
+  };
+  while (in_set_ > capacity_) leave();
+  uint32_t entered = 0;
+  for (; entered < std::min<size_t>(most, entering_.size()); ++entered, ++in_set_)
+    if (in_set_ == capacity_) {
+      if (worst == leaving || worth_[entering_[entered]] < worth_[*(worst - 1)] + kMargin) break;
+      leave();
+    }
+  entering_.resize(entered);
+  want();
+}
+
+void Tier::want() {
+  wanted_ = entering_;
+  for (uint32_t page = 0; page < sealed_; ++page)
+    if (readable_[page]) wanted_.push_back(page);
+  store_.want(wanted_.data(), wanted_.size());
+}
+
+void Tier::rewind(uint32_t pages, uint32_t indexed) {
+  if (pages >= store_.pages() && indexed >= sealed_) return;
+  // No page of the set need stay: slots may be short until the last pages are gone.
+  store_.want(nullptr, 0);
+  stale_ = true;
+  uint32_t open = indexed;
+  try {
+    for (; open < std::min(sealed_, pages); ++open) store_.reopen(open);
+  } catch (...) {
+    while (open-- > indexed) store_.seal(open);
+    throw;
+  }
+  store_.rewind(pages);
+  readable_.resize(pages);
+  worth_.resize(pages);
+  sealed_ = std::min(sealed_, indexed);
+  std::fill(readable_.begin() + sealed_, readable_.end(), 0);
+  entering_.clear();
+  in_set_ = sealed_ ? uint32_t(std::count(readable_.begin() + 1, readable_.begin() + sealed_, 1)) : 0;
+}
+
+void Tier::stream(uint32_t half, uint32_t section, uint32_t first, uint32_t count) {
+  batches_[half].reset();
+  reads_[half].clear();
+  if (failure_) return;
+  uint8_t* const to = buffer_.data() + size_t(half) * kBufferPages * section_bytes_;
+  for (uint32_t i = 0; i < count; ++i)
+    if (!store_.resident(first + i)) reads_[half].push_back({first + i, section, to + i * section_bytes_});
+  if (reads_[half].empty()) return;
+  try {
+    batches_[half].emplace(store_, reads_[half].data(), reads_[half].size());
+  } catch (...) {
+    failure_ = std::current_exception();
+  }
+}
+
+void Tier::arrive(uint32_t half) {
+  if (!batches_[half]) return;
+  try {
+    batches_[half]->wait();
+  } catch (...) {
+    failure_ = std::current_exception();
+  }
+  batches_[half].reset();
+}
+
+void Tier::check() {
+  if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+}
+
+void Tier::copy(uint32_t page, uint8_t* dst) {
+  if (const uint8_t* slot = store_.resident(page)) {
+    std::memcpy(dst, slot, section_bytes_ * sections_);
+    return;
+  }
+  std::vector<PageStore::SectionRead> reads;
+  for (uint32_t i = 0; i < sections_; ++i) reads.push_back({page, i, dst + i * section_bytes_});
+  PageStore::SectionReads(store_, reads.data(), reads.size()).wait();
+}
+
+std::string Tier::save(uint32_t pages) const {
+  std::string out;
+  for (uint32_t page = 0; page < pages; ++page) {
+    out.push_back(char(readable_[page]));
+    out.push_back(char(worth_[page]));
+  }
+  for (const uint32_t page : entering_) out[2 * page] = 2;
+  out.push_back(char(stale_));
+  return out;
+}
+
+uint8_t* Tier::append() {
+  begin(store_.pages() + 1, false);
+  return store_.resident(store_.pages() - 1);
+}
+
+void Tier::appended(bool indexed) {
+  if (!indexed) return;
+  seal(store_.pages());
+  choose(0);
+  stale_ = true;
+}
+
+void Tier::restore(const std::string& state) {
+  if (state.empty()) return;
+  if (state.size() != 2 * size_t(store_.pages()) + 1)
+    throw EngineError("the saved session says of other pages than its own which were in memory");
+  entering_.clear();
+  in_set_ = 0;
+  for (uint32_t page = 0; page < sealed_; ++page) {
+    readable_[page] = state[2 * page] == 1;
+    worth_[page] = static_cast<signed char>(state[2 * page + 1]);
+    if (state[2 * page] == 2) entering_.push_back(page);
+    in_set_ += page > 0 && state[2 * page] != 0;
+  }
+  stale_ = state.back() != 0 || in_set_ > capacity_;
+  want();
+}
+
+}  // namespace edgert

@@ -1,0 +1,100 @@
+// The pages of a KvCache that need not fit into memory, and which of them a decode step may read.
+//
+// One set of pages serves all layers and heads of a step, so that a page is one large read. Inside the set
+// the index chooses for each KV head (sparse.h). What a page is worth is the most that any head of any layer
+// would give one of its tokens, which the scan of the index, itself in memory for all pages, says at every step;
+// it fades with time. The set of a step is known a step before: pages that enter are read while a step
+// runs that may not read them yet. So the set depends on the tokens alone, never on the speed of a disk.
+//
+// Always in memory are the first page and those behind the index. A pass over several tokens reads every page, layer
+// by layer: those that are not in memory go through two buffers.
+#pragma once
+#include <cstdint>
+#include <exception>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "memory.h"
+#include "page_store.h"
+
+namespace edgert {
+
+struct TierShape {
+  uint32_t slots = 0;  // pages in memory; 0: all are, and there is no file
+  std::string directory;
+  uint64_t disk_bytes = UINT64_MAX;  // the most that the file may take
+  uint32_t read_delay_us = 0;        // for tests
+};
+
+class Tier {
+ public:
+  static constexpr uint32_t kBufferPages = 64;
+  static constexpr int kWorthless = -128;
+
+  // Pages of `sections` layers, of `section_bytes` each. Throws EngineError when the slots are fewer than
+  // least_slots(), and what PageStore throws.
+  Tier(const TierShape& shape, size_t section_bytes, uint32_t sections, uint32_t budget);
+
+  // The fewest pages in memory with which a step can choose `budget` tokens.
+  static uint32_t least_slots(uint32_t budget);
+  // Bytes of memory for `slots` pages of which there are `pages` in all.
+  static size_t bytes(size_t section_bytes, uint32_t sections, uint32_t slots, uint32_t pages);
+  size_t bytes() const { return bytes(section_bytes_, sections_, store_.shape().slots, store_.pages()); }
+
+  // Before a pass that ends with `pages` pages; `sparse`: it reads of the set alone. What is resident() stays it
+  // until end() or rewind(). Throws EngineError; the pages that were there are unchanged then.
+  void begin(uint32_t pages, bool sparse);
+  // After it, when `indexed` pages have an index. `worth` is what each was to a KV head, [heads][stride].
+  void end(uint32_t indexed, bool sparse, const int8_t* worth, uint32_t heads, uint32_t stride);
+  // Keeps `pages` pages, of which `indexed` have an index. Throws EngineError, nothing has changed then.
+  void rewind(uint32_t pages, uint32_t indexed);
+
+  uint8_t* resident(uint32_t page) const { return store_.resident(page); }
+  bool readable(uint32_t page) const { return readable_[page]; }  // by a step, of those with an index
+  bool all_resident() const { return all_resident_; }             // in the present pass
+
+  // Starts to read layer `section` of the pages [first, first + count) that are not in memory into buffer
+  // `half` (0 or 1), and waits for it. From one thread. What goes wrong is kept for check().
+  void stream(uint32_t half, uint32_t section, uint32_t first, uint32_t count);
+  void arrive(uint32_t half);
+  void check();  // throws it
+  const uint8_t* section(uint32_t page, uint32_t section) const {
+    if (const uint8_t* slot = store_.resident(page)) return slot + section * section_bytes_;
+    return buffer_.data() + (page / kBufferPages % 2 * kBufferPages + page % kBufferPages) * section_bytes_;
+  }
+
+  // For a saved cache. copy() gives all of a page, wherever it lies; save() the choice among the first `pages` as bytes.
+  void copy(uint32_t page, uint8_t* dst);
+  std::string save(uint32_t pages) const;
+  // And back, into an empty one: append() is the place of the next page; appended() says that it is complete, and whether
+  // it has an index; restore() takes the choice, or nothing. All of these throw EngineError.
+  uint8_t* append();
+  void appended(bool indexed);
+  void restore(const std::string& state);
+
+  const PageStore& store() const { return store_; }
+  uint32_t capacity() const { return capacity_; }
+
+ private:
+  void seal(uint32_t indexed);
+  void choose(uint32_t most);
+  void want();
+
+  const size_t section_bytes_;
+  const uint32_t sections_, capacity_;  // pages beside the first that the set may have
+  PageStore store_;
+  Buffer buffer_;  // [2][kBufferPages] sections
+  std::vector<PageStore::SectionRead> reads_[2];
+  std::optional<PageStore::SectionReads> batches_[2];
+  std::exception_ptr failure_;
+  std::vector<uint8_t> readable_;  // by page: in the set
+  std::vector<int16_t> worth_;     // by page
+  std::vector<uint32_t> entering_, order_, wanted_;
+  uint32_t sealed_ = 0;  // pages with an index
+  uint32_t in_set_ = 0;  // pages in the set or about to enter, beside the first
+  bool stale_ = false;   // the set was not chosen after the last pass
+  bool all_resident_ = true;
+};
+
+}  // namespace edgert
