@@ -323,8 +323,8 @@ class Cache:
     @property
     def tier(self) -> dict | None:
         """
-        Of the pages: how many there are, how many fit into memory and into the set of a step; what was read, written
-        and waited for. None without a tier.
+        Of the pages: how many there are, how many fit into memory and into the set of a step;
+        what was read, written and waited for. None without a tier.
         """
 
     @property

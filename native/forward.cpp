@@ -207,7 +207,7 @@ void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want wa
     const Want now = want == Want::Last && done + count < n ? Want::None : want;
     const bool sparse = cache.selection().budget && n == 1 && !full;
     const uint32_t index = cache.selection().budget ? index_reach(cache, count) : 0;
-    std::fill(sc.page_worth.begin(), sc.page_worth.end(), kNever);
+    std::fill(sc.page_worth.begin(), sc.page_worth.end(), 0.0f);
     cache.begin(start + count, sparse);
     pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now, sparse, index}.run(); });
     cache.end(start + count, sparse, index, sc.page_worth.data(), sc.worth_heads, sc.page_stride);

@@ -117,6 +117,7 @@ struct Scan {
   uint32_t rows, head_dim;
   int8_t* worth;          // [kIndexTokens]
 };
+inline constexpr float kWorthSteps = 8;       // worth of a token that gets twice as much
 inline constexpr int8_t kNever = -128;  // the worth of what pick() does not take
 
 struct Kernels {

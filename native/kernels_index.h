@@ -65,8 +65,8 @@ void scan(const Scan& s) {
       }
       const float most = vf_hmax(largest), inverse = most > 1e-30f ? 127.0f / most : 0.0f;
       for (uint32_t d = 0; d < s.head_dim; d += L) vf_store_i8(codes[n] + d, vf_round(vf_mul_set1(vf_load(x + d), inverse)));
-      scale[n] = 8 * most / 127.0f;
-      offset[n] = 8 * (vf_hsum(constant) - s.level[r + n]);
+      scale[n] = kWorthSteps * most / 127.0f;
+      offset[n] = kWorthSteps * (vf_hsum(constant) - s.level[r + n]);
     }
     for (uint32_t p = 0; p < kIndexTokens / kPageTokens; ++p, packed += kPageTokens * s.head_dim / 4)
       for (int v = 0; v < PV; ++v) {

@@ -161,7 +161,7 @@ void KvCache::begin(uint32_t length, bool sparse) {
   }
 }
 
-void KvCache::end(uint32_t length, bool sparse, uint32_t blocks, const int8_t* worth, uint32_t heads, uint32_t stride) {
+void KvCache::end(uint32_t length, bool sparse, uint32_t blocks, const float* worth, uint32_t heads, uint32_t stride) {
   if (tier_) {
     tier_->check();
     tier_->end(blocks * kBlockPages, sparse, worth, heads, stride);

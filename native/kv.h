@@ -77,7 +77,7 @@ class KvCache {
   // begin() throws EngineError when pages cannot be had, end() when they could not be read; what the cache held before
   // the pass is unchanged then.
   void begin(uint32_t length, bool sparse);
-  void end(uint32_t length, bool sparse, uint32_t blocks, const int8_t* worth, uint32_t heads, uint32_t stride);
+  void end(uint32_t length, bool sparse, uint32_t blocks, const float* worth, uint32_t heads, uint32_t stride);
   Tier* tier() const { return tier_.get(); }
   // Keeps positions below `length`; returns the length really kept, 0 when a window or a
   // convolution has already forgotten what lies before. Throws EngineError when a page cannot be read; the

@@ -94,7 +94,7 @@ void Scratch::reserve(const ModelSpec& spec, const KvCache& cache, uint32_t leng
 
 size_t Scratch::reserved_bytes(const ModelSpec& spec, const KvCache& cache, uint32_t length, uint32_t threads) {
   const Lists l = lists(spec, cache, length);
-  return l.partial * sizeof(float) + l.worth + l.page_worth + threads * (2 * l.page + l.places * sizeof(uint32_t));
+  return l.partial * sizeof(float) + l.worth + l.page_worth * sizeof(float) + threads * (2 * l.page + l.places * sizeof(uint32_t));
 }
 
 void Scratch::allocate(const ModelSpec& spec, const Weights& weights) {

@@ -12,6 +12,15 @@ constexpr uint32_t kLevelTokens = 16;    // first and last tokens that stand for
 constexpr uint32_t kMaxGroup = KvCache::kMaxGroup;
 constexpr uint32_t kBlockPages = kIndexTokens / kPageTokens;
 
+// The weight of a token as a share of what is always read, at most all of it: worth is its logarithm.
+struct Shares {
+  float of[256];
+  Shares() {
+    for (int worth = -128; worth < 128; ++worth) of[worth + 128] = std::min(1.0f, std::exp2(float(worth) / kWorthSteps));
+  }
+};
+const Shares kShares;
+
 }  // namespace
 
 SparseCut::SparseCut(const KvCache& cache, uint32_t position) {
@@ -86,9 +95,9 @@ void SparseStep::scan(uint32_t layer, uint32_t head, uint32_t block, const float
   const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads;
   k.scan({cache.index(layer, head, block), q, level, group, s.head_dim, worth});
   if (!cache.tier()) return;
-  int8_t* const pages = sc.page_worth.data() + size_t(head) * sc.page_stride + block * kBlockPages;
+  float* const pages = sc.page_worth.data() + size_t(head) * sc.page_stride + block * kBlockPages;
   for (uint32_t p = 0; p < kBlockPages; ++p)
-    pages[p] = std::max(pages[p], *std::max_element(worth + p * kPageTokens, worth + (p + 1) * kPageTokens));
+    pages[p] += kShares.of[*std::max_element(worth + p * kPageTokens, worth + (p + 1) * kPageTokens) + 128];
 }
 
 void SparseStep::vote(uint32_t layer, const float* queries, uint32_t blocks) {

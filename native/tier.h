@@ -1,8 +1,8 @@
 // The pages of a KvCache that need not fit into memory, and which of them a decode step may read.
 //
 // One set of pages serves all layers and heads of a step, so that a page is one large read. Inside the set
-// the index chooses for each KV head (sparse.h). What a page is worth is the most that any head of any layer
-// would give one of its tokens, which the scan of the index, itself in memory for all pages, says at every step;
+// the index chooses for each KV head (sparse.h). What a page is worth is what all heads of all layers
+// would give the best of its tokens, as the scan of the index, itself in memory for all pages, says at every step;
 // it fades with time. The set of a step is known a step before: pages that enter are read while a step
 // runs that may not read them yet. So the set depends on the tokens alone, never on the speed of a disk.
 //
@@ -30,7 +30,6 @@ struct TierShape {
 class Tier {
  public:
   static constexpr uint32_t kBufferPages = 64;
-  static constexpr int kWorthless = -128;
 
   // Pages of `sections` layers, of `section_bytes` each. Throws EngineError when the slots are fewer than
   // least_slots(), and what PageStore throws.
@@ -46,7 +45,7 @@ class Tier {
   // until end() or rewind(). Throws EngineError; the pages that were there are unchanged then.
   void begin(uint32_t pages, bool sparse);
   // After it, when `indexed` pages have an index. `worth` is what each was to a KV head, [heads][stride].
-  void end(uint32_t indexed, bool sparse, const int8_t* worth, uint32_t heads, uint32_t stride);
+  void end(uint32_t indexed, bool sparse, const float* worth, uint32_t heads, uint32_t stride);
   // Keeps `pages` pages, of which `indexed` have an index. Throws EngineError, nothing has changed then.
   void rewind(uint32_t pages, uint32_t indexed);
 
@@ -89,7 +88,7 @@ class Tier {
   std::optional<PageStore::SectionReads> batches_[2];
   std::exception_ptr failure_;
   std::vector<uint8_t> readable_;  // by page: in the set
-  std::vector<int16_t> worth_;     // by page
+  std::vector<float> worth_;     // by page
   std::vector<uint32_t> entering_, order_, wanted_;
   uint32_t sealed_ = 0;  // pages with an index
   uint32_t in_set_ = 0;  // pages in the set or about to enter, beside the first

@@ -311,8 +311,8 @@ void bind_engine(nb::module_& m) {
         m["set"] = c.tier()->capacity();
         m["pages"] = store.pages();
         return m;
-      }, "Of the pages: how many there are, how many fit into memory and into the set of a step; what was read, written\n"
-         "and waited for. None without a tier.")
+      }, "Of the pages: how many there are, how many fit into memory and into the set of a step;\n"
+         "what was read, written and waited for. None without a tier.")
       .def_prop_ro("length", &KvCache::length)
       .def_prop_ro("context", &KvCache::context)
       .def_prop_ro("nbytes", &KvCache::bytes)
