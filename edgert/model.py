@@ -132,7 +132,9 @@ class Model:
         head: str = "dense",
         probes: int = 0,
         chosen: int = 0,
+        attention: str = "full",
     ) -> None:
+        self.attention = attention
         self.engine, self.tokenizer, self.head, self.probes = engine, tokenizer, head, probes
         self.path, self.context, self.trained_context, self.kv = path, context, trained_context, kv
         self.chosen = chosen
