@@ -53,7 +53,8 @@ class FlashDrafter:
 
     def weight_bytes(self, engine: Mapping[str, Any], counts: Counts) -> int:
         body: int = engine["body_bytes_per_step"]
-        return counts.states * body + counts.drafts * (engine["flash_bytes_per_step"] - body)
+        flash: int = engine["flash_bytes_per_step"]
+        return counts.states * body + counts.drafts * (flash - body)
 
 
 class SparseDrafter:

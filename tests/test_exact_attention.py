@@ -148,6 +148,8 @@ def test_cancelled_while_drafting(head: str) -> None:
             reply = session.generate(PROMPT, max_tokens=40)
             assert reply.finish_reason == "cancelled"
             assert reply.tokens == wanted.tokens[: len(reply.tokens)] and len(reply.tokens) < 40
+            # No draft after it: what was drafted is confirmed, and that is all.
+            assert next(calls) - 1 <= len(PROMPT) + at + engine.passes[-1]
             check_cache(session, engine)
             assert session.generate(PROMPT, max_tokens=40).tokens == wanted.tokens
 
@@ -159,6 +161,17 @@ def test_the_context_can_be_filled_to_its_last_position() -> None:
         engine.wrong = lambda length, missing=missing: length % (missing + 2) == 0
         reply = model.generate(PROMPT)
         assert reply.tokens == wanted.tokens and reply.finish_reason == "length"
+
+
+def test_nothing_comes_after_the_end_of_a_reply() -> None:
+    model, engine = sparse_model("exact", "dense")
+    engine.says(PROMPT, "twenty tokens of text")
+    with model.session() as session:
+        reply = session.generate(PROMPT)
+        assert reply.tokens == (*b"twenty tokens of text", EOS)
+        assert session.tokens == (*PROMPT, *reply.tokens[:-1])
+        check_cache(session, engine)
+    assert reply.stats.drafts == reply.stats.agreed
 
 
 def test_blocks_grow_while_drafts_are_right_and_shrink_when_not() -> None:
@@ -176,7 +189,9 @@ def test_blocks_grow_while_drafts_are_right_and_shrink_when_not() -> None:
 def test_no_pass_is_longer_than_the_cache_can_go_back() -> None:
     model, engine = sparse_model("exact", "dense", window=LONGEST)
     engine.wrong = lambda length: random.Random(length).random() < 0.1
-    assert model.generate(PROMPT, max_tokens=200).tokens == full("dense").generate(PROMPT, max_tokens=200).tokens
+    assert (
+        model.generate(PROMPT, max_tokens=200).tokens == full("dense").generate(PROMPT, max_tokens=200).tokens
+    )
     assert max(engine.passes) == LONGEST
 
 
