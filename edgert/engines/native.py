@@ -61,7 +61,7 @@ class NativeSession:
         return state
 
     def states(self, tokens: Sequence[int]) -> Logits:
-        return self._model.hidden(self._cache, np.asarray(tokens, dtype=np.int32))
+        return self._model.hidden(self._cache, np.asarray(tokens, dtype=np.int32), full=True)
 
     def dense(self, hidden: Logits) -> Logits:
         return self._model.dense(hidden)
