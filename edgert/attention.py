@@ -18,7 +18,7 @@ def choose_budget(attention: str, budget: int, engine: str) -> int:
         raise UsageError(f"budget must be 0 (the default) to {LARGEST_BUDGET} tokens, not {budget!r}")
     if attention == "full":
         if budget:
-            raise UsageError("a budget is for attention='sparse' or 'exact': full attention reads every token")
+            raise UsageError("a budget is for sparse or exact attention: full attention reads every token")
         return 0
     if engine == "llamacpp":
         raise UsageError(f"attention={attention!r} needs the native engine; drop engine='llamacpp'")

@@ -65,7 +65,7 @@ def load(
     sidecar = choose_sidecar(file.path, head, engine)
     if engine != "llamacpp":
         with contextlib.suppress(UnsupportedModelError):  # the choice of an engine says what to do
-            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen)
+            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention)
             context = choose_context(case, context)
             del case
     context = context or trained
@@ -222,7 +222,7 @@ class Model:
         from .session_file import fingerprint
 
         self._fingerprint = self._fingerprint or fingerprint(self.path)
-        # A cache with an index is laid out in another way, and sparse steps leave other keys and values there.
+        # A cache with an index is laid out in another way, and sparse steps leave other keys and values.
         kind = {} if self.attention == "full" else {"attention": self.attention}
         return {"model": self._fingerprint, "engine": self.engine.name, "kv": self.kv, **kind}
 
