@@ -14,7 +14,7 @@ from edgert import _native
 from edgert.engines import llamacpp
 from edgert.engines.base import Logits
 from edgert.engines.native import NativeSession
-from edgert.exact import ExactHead
+from edgert.exact import Exact, make_exact
 from edgert.model import load
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Native(Stepper):
         self.engine = self._model.engine
         self.session = cast(NativeSession, self.engine.session(context))
         self._head = head
-        self._exact: ExactHead | None = None
+        self._exact: Exact | None = None
         self._forgets, self._state = False, cast("bytes | None", None)
 
     def prefill(self, tokens: Sequence[int]) -> int:
@@ -107,11 +107,13 @@ class Native(Stepper):
             return super().generate(token, n)
         sampler = _native.Sampler(self.engine.vocab_size)
         # Of a session the exact head uses what the engine's own offers too.
-        self._exact = ExactHead(cast("Session", self.session), sampler, (), False)
+        session = cast("Session", self.session)
+        self._exact = exact = make_exact(session, sampler, attention="full", head=self._head)
+        assert exact is not None
         tokens = [token]
         while len(tokens) <= n:
             left = n + 1 - len(tokens)
-            block = self._exact.block(tokens[-1], self.session.length + 1, left, (), lambda: False)
+            block = exact.block(tokens[-1], self.session.length + 1, left, (), lambda: False)
             tokens += [chosen for chosen, _ in block]
         return tokens[1:]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .errors import UsageError
 
-ATTENTIONS = ("full", "sparse")
+ATTENTIONS = ("full", "sparse", "exact")
 DEFAULT_BUDGET = 1024
 LARGEST_BUDGET = 2**20
 
@@ -18,8 +18,8 @@ def choose_budget(attention: str, budget: int, engine: str) -> int:
         raise UsageError(f"budget must be 0 (the default) to {LARGEST_BUDGET} tokens, not {budget!r}")
     if attention == "full":
         if budget:
-            raise UsageError("a budget is for attention='sparse': full attention reads every token")
+            raise UsageError("a budget is for sparse or exact attention: full attention reads every token")
         return 0
     if engine == "llamacpp":
-        raise UsageError("attention='sparse' needs the native engine; drop engine='llamacpp'")
+        raise UsageError(f"attention={attention!r} needs the native engine; drop engine='llamacpp'")
     return budget or DEFAULT_BUDGET

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .exact import ExactHead
+from .exact import Counts, make_exact
 from .sampling import Options, allowed_ids, make_sampler
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Stats:
     ``prompt_seconds`` covers the tokens that were evaluated (``prompt_tokens - reused_tokens``),
     ``generation_seconds`` the tokens after the first. ``bytes_per_token`` is what the engine
     says it reads of the weights for one token (None when it does not say).
+    In the exact modes ``agreed`` of ``drafts`` were what ``passes`` over the full cache or the whole
+    head confirmed; 0 in the others.
     """
 
     prompt_tokens: int
@@ -60,6 +62,9 @@ class Stats:
     bytes_per_token: int | None
     seed: int
     finish_reason: FinishReason
+    drafts: int = 0
+    agreed: int = 0
+    passes: int = 0
 
     @property
     def prompt_tps(self) -> float:
@@ -154,10 +159,13 @@ class Stream(Iterator[Piece]):
         # Biased ids are scored whether a FlashHead would probe them or not.
         more = list(options.logit_bias or ())
         self._more = more
-        self._exact = (
-            ExactHead(session, self._sampler, more, options.logprobs is not None)
-            if self._head == "exact"
-            else None
+        self._exact = make_exact(
+            session,
+            self._sampler,
+            attention=session.model.attention,
+            head=self._head,
+            more=more,
+            logprobs=options.logprobs is not None,
         )
         self._ready: deque[tuple[int, Logits | None]] = deque()  # confirmed tokens not yet given out
         # Seconds of work: so far (making the prompt's ids is work), in prefill, until the first
@@ -201,6 +209,7 @@ class Stream(Iterator[Piece]):
         """The reply as far as it has come; whole when the stream has ended."""
         finish = self._finish or "cancelled"
         tokens = tuple(p.token for p in self._pieces if p.token is not None)
+        counts = self._exact.counts if self._exact else Counts()
         stats = Stats(
             prompt_tokens=len(self._prompt),
             reused_tokens=self._reused,
@@ -212,6 +221,9 @@ class Stream(Iterator[Piece]):
             bytes_per_token=self._bytes_per_token(),
             seed=self._options.seed or 0,
             finish_reason=finish,
+            drafts=counts.drafts,
+            agreed=counts.agreed,
+            passes=counts.passes,
         )
         logprobs = None
         if self._options.logprobs is not None:
@@ -272,7 +284,8 @@ class Stream(Iterator[Piece]):
             allowed = allowed(tuple(p.token for p in self._pieces if p.token is not None))
         ids = allowed_ids(allowed, session.model.vocab_size)
         if last is not None and session.is_native:
-            hidden = session.hidden(last)
+            exact = session.model.attention == "exact"
+            hidden = session.states([last])[0] if exact else session.hidden(last)
             ids, logits = session.among(hidden, ids.tolist())
             return self._draw(logits, position, ids), self._whole(hidden)
         whole = self._prefill() if last is None else session.step(last)

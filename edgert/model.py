@@ -51,9 +51,10 @@ def load(
     dense.
     ``probes``: clusters that flash scores (0: the sidecar's number). ``attention``: "full", or "sparse", in
     which a decode step reads ``budget`` past tokens for each KV head (0: the default), those that a small
-    index finds worth it, beside the first and the latest ones; prompts are read in full. Raises UsageError,
-    ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is
-    allocated, when the model with a session of ``context`` does not fit the memory there is.
+    index finds worth it, beside the first and the latest ones; prompts are read in full; or "exact", which
+    drafts with such steps and gives the tokens of full attention. Raises UsageError, ModelFileError,
+    UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
+    model with a session of ``context`` does not fit the memory there is.
     """
     check_head(head, probes)
     check_options(engine, threads, kv)
@@ -64,7 +65,7 @@ def load(
     sidecar = choose_sidecar(file.path, head, engine)
     if engine != "llamacpp":
         with contextlib.suppress(UnsupportedModelError):  # the choice of an engine says what to do
-            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen)
+            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention)
             context = choose_context(case, context)
             del case
     context = context or trained
@@ -83,6 +84,7 @@ def load(
         kv=kv,
         head=head,
         probes=probes,
+        attention=attention,
         chosen=chosen,
     )
 
@@ -116,8 +118,9 @@ class Model:
     manager.
 
     ``context`` is what a session may hold, ``trained_context`` what the model was made for, ``head``
-    "dense", "flash" or "exact", ``probes`` the clusters asked for (0: the sidecar's number), ``chosen`` the
-    past tokens that a step chooses for each KV head (0: it reads all).
+    "dense", "flash" or "exact", ``probes`` the clusters asked for (0: the sidecar's number), ``attention``
+    "full", "sparse" or "exact", ``chosen`` the past tokens that a step chooses for each KV head (0: it reads
+    all).
     """
 
     def __init__(
@@ -131,19 +134,15 @@ class Model:
         kv: str,
         head: str = "dense",
         probes: int = 0,
+        attention: str = "full",
         chosen: int = 0,
     ) -> None:
         self.engine, self.tokenizer, self.head, self.probes = engine, tokenizer, head, probes
         self.path, self.context, self.trained_context, self.kv = path, context, trained_context, kv
-        self.chosen = chosen
+        self.attention, self.chosen = attention, chosen
         self.vocab_size = engine.vocab_size
         self._fingerprint = ""
         self._closed = False
-
-    @property
-    def attention(self) -> str:
-        """ "sparse" when a decode step chooses what it reads of the past, else "full"."""
-        return "sparse" if self.chosen else "full"
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """The reply to ``prompt`` (text, or token ids) piece by piece. Options:
@@ -223,7 +222,8 @@ class Model:
         from .session_file import fingerprint
 
         self._fingerprint = self._fingerprint or fingerprint(self.path)
-        kind = {"attention": "sparse"} if self.chosen else {}  # its cache is laid out in another way
+        # A cache with an index is laid out in another way, and sparse steps leave other keys and values.
+        kind = {} if self.attention == "full" else {"attention": self.attention}
         return {"model": self._fingerprint, "engine": self.engine.name, "kv": self.kv, **kind}
 
     def close(self) -> None:

@@ -19,8 +19,10 @@ BARRIERS = 6  # of a layer in decoding
 # al. 2009). With fast memory neither hides the other, as plan_check's table shows.
 OVERLAP = 1.2
 ALWAYS = 272  # tokens that sparse attention always reads, on average
-# Share of the longest block that the exact head drafts on average: its length follows the agreement.
+# Share of the longest block that the exact modes draft on average: its length follows the agreement.
 BLOCK = 0.7
+# Share of full attention's tokens that drafts with sparse attention find, at the default budget.
+SPARSE_AGREEMENT = 0.96
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
         seconds = math.hypot(_reading(flash, rates), flash / (rates.threads * SCATTERED))
         steps.append(Step("head", seconds, flash, "memory"))
     steps.append(Step("fixed", fixed, 0, "fixed"))
-    if case.head == "exact":
-        steps = _exact(case, rates, steps)
+    if "exact" in (case.head, case.attention):
+        steps = _exact(case, rates, steps, length)
     return tuple(steps)
 
 
@@ -115,15 +117,41 @@ def _pairs(case: Case, length: int, rates: Rates, chosen: int = 0) -> float:
     return seconds
 
 
-def _exact(case: Case, rates: Rates, flash: list[Step]) -> list[Step]:
-    """A token of the exact head: drafts of a block with flash, then the whole head once for the block. With
-    agreement a, a block of L drafts gives (1 - a**L) / (1 - a) tokens; L is shorter at times."""
+def _exact(case: Case, rates: Rates, drafts: list[Step], length: int) -> list[Step]:
+    """A token of the exact modes: drafts of a block, then what confirms it: a pass over the full cache, the
+    whole head or both. With agreement a, a block of L drafts gives (1 - a**L) / (1 - a) tokens; L is shorter
+    at times."""
     from .heads import LONGEST
 
-    agreement = (case.sidecar and case.sidecar.agreement) or 0.99
-    tokens = LONGEST if agreement >= 1 else (1 - agreement**LONGEST) / (1 - agreement)
-    whole = _dense_head(case, rates, LONGEST, parts=1)
-    drafts = LONGEST / tokens
+    agreement, tokens = 1.0, float(LONGEST)
+    if case.head == "exact":
+        agreement *= (case.sidecar and case.sidecar.agreement) or 0.99
+    if case.attention == "exact":
+        agreement *= SPARSE_AGREEMENT
+    if agreement < 1:
+        tokens = (1 - agreement**LONGEST) / (1 - agreement)
+    steps = [
+        Step(s.name, s.seconds * LONGEST / tokens, round(s.bytes * LONGEST / tokens), s.limit) for s in drafts
+    ]
+    confirming = _confirming(case, rates, drafts, length)
+    read = sum(step.bytes for step in confirming)
+    seconds = sum(step.seconds for step in confirming)
+    limit = max(confirming, key=lambda step: step.seconds).limit
     tokens *= BLOCK
-    steps = [Step(s.name, s.seconds * drafts, round(s.bytes * drafts), s.limit) for s in flash]
-    return [*steps, Step("confirming", whole.seconds / tokens, round(whole.bytes / tokens), whole.limit)]
+    return [*steps, Step("confirming", seconds / tokens, round(read / tokens), limit)]
+
+
+def _confirming(case: Case, rates: Rates, drafts: list[Step], length: int) -> list[Step]:
+    """The parts of what confirms a block of the exact modes."""
+    from .heads import LONGEST
+
+    if case.attention != "exact":
+        return [_dense_head(case, rates, LONGEST, parts=1)]
+    block = round(BLOCK * LONGEST)
+    body = _overlapped("body", case.sizes.step_body_bytes, _seconds_of_body(case, rates, block), rates)
+    read, pairs = case.sizes.kv_step(length, length, case.kv, 0), block * _pairs(case, length, rates)
+    attention = Step("attention", _reading(read, rates) + pairs, read, "arithmetic")
+    if case.head != "flash":
+        return [body, attention, _dense_head(case, rates, block, parts=1)]
+    flash = next(step for step in drafts if step.name == "head")
+    return [body, attention, Step("head", block * flash.seconds, block * flash.bytes, flash.limit)]

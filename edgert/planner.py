@@ -76,6 +76,7 @@ class Plan:
     context: int
     trained_context: int
     kv: str
+    attention: str
     chosen: int
     head: str
     threads: int
@@ -159,7 +160,7 @@ def plan(
     check_head(head, probes)
     file = _native.GgufFile(str(model_path(model)))
     sidecar = choose_sidecar(file.path, head, "native")
-    case = Case.read(file, sidecar, rates.lanes, rates.threads, kv, head, probes, chosen)
+    case = Case.read(file, sidecar, rates.lanes, rates.threads, kv, head, probes, chosen, attention)
     check_context(context, case.trained_context)
     context = context or case.trained_context
     if memory is not None:
@@ -207,6 +208,7 @@ class Case:
     kv: str
     head: str
     chosen: int  # past tokens that a step chooses for each KV head; 0: it reads all
+    attention: str
 
     @classmethod
     def read(
@@ -219,6 +221,7 @@ class Case:
         head: str,
         probes: int,
         chosen: int = 0,
+        attention: str = "full",
     ) -> Case:
         """Options are checked by the caller; ``lanes`` and ``threads`` 0 are those that would run here.
         Raises ModelFileError, UnsupportedModelError; UsageError when ``kv`` cannot hold the heads."""
@@ -234,7 +237,7 @@ class Case:
         tensors = tuple((t.name, t.type, math.prod(t.shape)) for t in file.tensors)
         sizes = _native.Sizes(file, spec.as_dict(), threads, sidecar.file if sidecar else None, lanes)
         budget = sidecar.budget(probes) if sidecar else (0, 0)
-        return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head, chosen)
+        return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head, chosen, attention)
 
     @property
     def trained_context(self) -> int:
@@ -266,7 +269,9 @@ class Case:
         return tuple(p for p in parts if p.bytes)
 
     def _activations(self, context: int) -> int:
-        return self.sizes.activations(context, self.head, *self.budget, self.kv, self.chosen)
+        # What confirms with the whole head is that of the exact head.
+        head = "exact" if self.attention == "exact" and self.head == "dense" else self.head
+        return self.sizes.activations(context, head, *self.budget, self.kv, self.chosen)
 
     def _kv(self, context: int) -> list[Part]:
         shares, index, conv = self.sizes.kv(context, context, self.kv, self.chosen)
@@ -280,10 +285,10 @@ class Case:
         return [*parts, Part("convolution state", conv)]
 
     def _logits(self) -> int:
-        """Floats that go to Python: one token's, or those of a block for the exact head."""
+        """Floats that go to Python: one token's, or those of a block in the exact modes."""
         from .heads import LONGEST
 
-        return 4 * self.spec.vocab_size * (LONGEST if self.head == "exact" else 1)
+        return 4 * self.spec.vocab_size * (LONGEST if "exact" in (self.head, self.attention) else 1)
 
     def _tokenizer(self) -> tuple[int, int]:
         """Bytes of the tokenizer, and of the metadata it is made of."""
@@ -312,6 +317,7 @@ class Case:
             context=context,
             trained_context=self.trained_context,
             kv=self.kv,
+            attention=self.attention,
             chosen=self.chosen,
             head=self.head,
             threads=self.threads,

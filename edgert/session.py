@@ -34,7 +34,9 @@ class Session:
     run side by side.
 
     Invariant: ``_tokens[: _sequence.length]`` is what the cache holds. Ids are written down before
-    they are computed, so an interrupt or an error at any point leaves it true.
+    they are computed, so an interrupt or an error at any point leaves it true. What sparse steps left
+    there as drafts of exact attention, from position ``_drafted`` on, is taken back before the next
+    request or a save.
     """
 
     def __init__(self, model: Model, context: int) -> None:
@@ -45,13 +47,15 @@ class Session:
         self._stream: weakref.ref[Stream] | None = None
         self._sequence = model.engine.session(context)
         self._tokens: list[int] = []
+        self._drafted: int | None = None
         self._closed = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The ids the cache holds."""
+        """The ids the cache holds, drafts left out."""
         with self.lock:
-            return tuple(self._tokens[: self._open().length])
+            length = self._open().length
+            return tuple(self._tokens[: length if self._drafted is None else min(length, self._drafted)])
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """The reply to ``prompt`` (text, or token ids) piece by piece. Options: ``sampling.Options``.
@@ -82,6 +86,8 @@ class Session:
         from . import session_file
 
         with self.lock:
+            if self._drafted is not None:
+                self.rewind(self._drafted)
             state = self._open().snapshot()
             session_file.write(path, self.model.identity(), self.tokens, state)
 
@@ -109,7 +115,7 @@ class Session:
                 new.close()
                 raise SessionFileError(f"{path} does not fit this model: {error}", str(path)) from error
             self._stream = None
-            self._sequence, self._tokens = new, tokens
+            self._sequence, self._tokens, self._drafted = new, tokens, None
             old.close()
 
     def close(self) -> None:
@@ -136,6 +142,9 @@ class Session:
         """Make the cache hold ``prompt``. Returns the logits after it (None when ``cancelled`` said
         so on the way) and how many of its tokens were there already. Called by the stream."""
         sequence = self._open()
+        if self._drafted is not None:
+            sequence.rewind(self._drafted)
+            self._drafted = None
         del self._tokens[sequence.length :]
         shared = 0
         # The last token is always computed: its logits are what the caller is after.
@@ -155,6 +164,7 @@ class Session:
     def step(self, token: int) -> Logits:
         """Append a token and return the logits after it. Called by the stream."""
         sequence = self._open()
+        self._note_draft()
         self._tokens.append(token)
         return sequence.step(token)
 
@@ -167,8 +177,15 @@ class Session:
     def hidden(self, token: int) -> Logits:
         """Append a token and return the head's input after it, [dim]."""
         sequence = self._native()
+        self._note_draft()
         self._tokens.append(token)
         return sequence.hidden(token)
+
+    def states(self, tokens: Sequence[int]) -> Logits:
+        """Append tokens in one pass over the full cache, and return the head's input after each, [n, dim]."""
+        sequence = self._native()
+        self._tokens.extend(tokens)
+        return sequence.states(tokens)
 
     def flash(self, hidden: Logits, more: Sequence[int]) -> tuple[Ids, Logits]:
         """The tokens that the FlashHead scores after ``hidden``, those of ``more`` among them, and their
@@ -198,6 +215,13 @@ class Session:
         if sequence.rewind(length) != length:
             raise EngineError(f"the cache cannot go back to position {length}")
         del self._tokens[length:]
+        if self._drafted is not None and length <= self._drafted:
+            self._drafted = None
+
+    def _note_draft(self) -> None:
+        """Called before a step of one token: in exact attention it leaves a draft in the cache."""
+        if self._drafted is None and self.model.attention == "exact":
+            self._drafted = self._open().length
 
     @property
     def is_native(self) -> bool:

@@ -19,7 +19,7 @@ from cli_process import edgert, start
 from edgert.bench import plots, table
 from edgert.bench.page import page
 from edgert.export.gguf_writer import write_gguf
-from test_flash_head import parts
+from flash_files import parts
 from tiny_models import tiny
 
 from edgert.cli import main

@@ -19,7 +19,7 @@ from edgert.bench.settings import Job, Setting
 from edgert.bench.settings import Test as Task
 from edgert.export import quantise
 from edgert.export.gguf_writer import write_gguf
-from test_flash_head import parts
+from flash_files import parts
 from tiny_models import prompt, tiny
 
 from edgert import _native

@@ -15,7 +15,7 @@ import pytest
 from cli_process import edgert as command
 from conftest import real_model
 from edgert.export.gguf_writer import write_gguf
-from test_flash_head import parts
+from flash_files import parts
 from tiny_models import tiny
 
 import edgert
@@ -33,9 +33,11 @@ REAL = ["smollm2-135m", "gemma-3-270m"]
 MB = 1_000_000
 
 
-def case_of(path: Path, kv: str = "f16", head: str = "auto", chosen: int = 0) -> Case:
+def case_of(
+    path: Path, kv: str = "f16", head: str = "auto", chosen: int = 0, attention: str = "full"
+) -> Case:
     file = _native.GgufFile(str(path))
-    return Case.read(file, choose_sidecar(str(path), head, "native"), 0, 2, kv, head, 0, chosen)
+    return Case.read(file, choose_sidecar(str(path), head, "native"), 0, 2, kv, head, 0, chosen, attention)
 
 
 @pytest.fixture(params=TINY, ids=lambda m: m[0])
@@ -48,23 +50,26 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("head", "kv", "chosen"),
+    ("head", "kv", "attention"),
     [
-        *((head, kv, 0) for head in ("dense", "flash", "exact") for kv in KV_TYPES),
-        *(("dense", kv, 24) for kv in KV_TYPES),
+        *((head, kv, "full") for head in ("dense", "flash", "exact") for kv in KV_TYPES),
+        *(("dense", kv, "sparse") for kv in KV_TYPES),
+        *((head, "f16", "exact") for head in ("dense", "flash", "exact")),
     ],
 )
-def test_every_allocation_of_a_run_is_a_term_of_the_plan(base: Path, head: str, kv: str, chosen: int) -> None:
+def test_every_allocation_of_a_run_is_a_term_of_the_plan(
+    base: Path, head: str, kv: str, attention: str
+) -> None:
     if case_of(base).spec.head_dim % KV_CHANNELS[kv]:
         with pytest.raises(UsageError, match="multiple of 32 channels"):
             edgert.load(base, kv=kv)
         return
     before = _native.allocated()
-    attention = "sparse" if chosen else "full"
+    chosen = 0 if attention == "full" else 24
     with edgert.load(
         base, threads=2, head=head, kv=kv, context=64, attention=attention, budget=chosen
     ) as model:
-        case = case_of(base, kv, head, chosen)
+        case = case_of(base, kv, head, chosen, attention)
         with model.session() as session:
             session.generate(list(range(1, 40)), max_tokens=8)
             length = session._sequence.length

@@ -156,7 +156,7 @@ def test_saved_sessions_are_of_one_kind_of_attention(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "dense"}, "expected one of full, sparse"),
+        ({"attention": "dense"}, "expected one of full, sparse, exact"),
         ({"attention": "sparse", "budget": -1}, "budget must be"),
         ({"attention": "sparse", "budget": True}, "budget must be"),
         ({"attention": "sparse", "budget": 2**21}, "budget must be"),

@@ -84,7 +84,8 @@ def add_attention(parser: argparse._ActionsContainer) -> None:
         "--attention",
         default="full",
         metavar="NAME",
-        help="full (default), or sparse: a step reads only the past tokens that matter most",
+        help="full (default); sparse: a step reads only the past tokens that matter most; or exact, which "
+        "drafts with sparse and gives the tokens of full",
     )
     parser.add_argument(
         "--budget",

@@ -87,7 +87,7 @@ def _print(made: Plan) -> None:
     name = "".join(c if c.isprintable() else "\ufffd" for c in made.model)
     print(
         f"{name}: {made.context} tokens of context, {made.kv} keys and values, {made.head} head, "
-        + (f"sparse attention to {made.chosen} tokens, " if made.chosen else "")
+        + _attention(made)
         + f"{made.threads} thread{'s' if made.threads > 1 else ''}"
     )
     print(f"on {made.platform}\n")
@@ -111,6 +111,12 @@ def _print(made: Plan) -> None:
         print("\nit does not fit; what would help:")
         for remedy in made.remedies:
             print(f"  - {remedy.text}" + ("" if remedy.enough else ", which is not enough alone"))
+
+
+def _attention(made: Plan) -> str:
+    if made.attention == "exact":
+        return f"exact attention, drafts read {made.chosen} tokens, "
+    return f"sparse attention to {made.chosen} tokens, " if made.chosen else ""
 
 
 def _print_time(what: str, steps: tuple[Step, ...], tokens: int) -> None:

@@ -50,9 +50,17 @@ def bytes_per_token(model: Model, stats: Stats, planned: Plan | None = None) -> 
             spec = load_spec(file.metadata, {t.name: t.shape for t in tensors})
         except (BadModelMetadata, UnsupportedArchitecture):
             return float(weights)
-    if model.chosen and planned is not None:
-        return float(weights) + sum(step.bytes for step in planned.decode if step.name == "attention")
-    return float(weights) + kv_bytes(spec, stats.prompt_tokens + stats.generated_tokens / 2, model.kv)
+    full = kv_bytes(spec, stats.prompt_tokens + stats.generated_tokens / 2, model.kv)
+    if not model.chosen or planned is None:
+        return float(weights) + full
+    exact = model.attention == "exact"
+    steps = (_planned(model, stats, "sparse") or planned) if exact else planned
+    step = sum(step.bytes for step in steps.decode if step.name == "attention")
+    if exact:
+        return float(weights) + (stats.drafts * step + stats.passes * full) / max(
+            stats.generated_tokens - 1, 1
+        )
+    return float(weights) + step
 
 
 def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
@@ -70,7 +78,9 @@ def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
         "seed": stats.seed,
         "engine": engine,
     }
-    planned = _planned(model, stats)
+    if stats.passes:
+        report |= {"drafts": stats.drafts, "agreed": stats.agreed, "passes": stats.passes}
+    planned = _planned(model, stats, model.attention)
     if planned is not None:
         report["planned_peak_memory"] = planned.needed
         report["planned_generation_tokens_per_second"] = 1 / planned.decode_seconds
@@ -87,7 +97,7 @@ def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
     return report
 
 
-def _planned(model: Model, stats: Stats) -> Plan | None:
+def _planned(model: Model, stats: Stats, attention: str) -> Plan | None:
     """What a plan for this very length says; None for a model that native does not know."""
     if model.engine.name != "native":
         return None
@@ -100,7 +110,7 @@ def _planned(model: Model, stats: Stats) -> Plan | None:
         kv=model.kv,
         head=model.head,
         probes=model.probes,
-        attention=model.attention,
+        attention=attention,
         budget=model.chosen,
     )
 
@@ -115,6 +125,9 @@ def speed_line(report: dict[str, Any]) -> str:
         f"first token {report['time_to_first_token']:.2f} s",
         f"peak memory {size_text(report['peak_memory'])}",
     ]
+    if report.get("drafts"):
+        share = report["agreed"] / report["drafts"]
+        parts.append(f"{share:.0%} of {report['drafts']} drafts agreed, {report['passes']} passes")
     if "share_of_machine" in report:
         parts.append(
             f"{size_text(report['bytes_per_token'])} a token = "

@@ -60,6 +60,9 @@ class NativeSession:
         state: Logits = self._model.hidden(self._cache, np.array([token], dtype=np.int32))[0]
         return state
 
+    def states(self, tokens: Sequence[int]) -> Logits:
+        return self._model.hidden(self._cache, np.asarray(tokens, dtype=np.int32), full=True)
+
     def dense(self, hidden: Logits) -> Logits:
         return self._model.dense(hidden)
 
@@ -136,11 +139,11 @@ class NativeEngine:
             "threads": model.threads,
             "kv": self.kv,
             "weight_bytes_per_step": model.step_weight_bytes,
+            "body_bytes_per_step": model.step_body_bytes,
         }
         if self.chosen:
             described["budget"] = self.chosen
         if self.sidecar:
-            described["body_bytes_per_step"] = model.step_body_bytes
             described["flash_bytes_per_step"] = model.step_body_bytes + model.flash_bytes(
                 self.probes, self.keep
             )
