@@ -19,6 +19,8 @@ from .errors import ModelFileError, UnsupportedModelError, UsageError
 from .generate import Reply, Stream
 from .heads import check_head, choose_sidecar
 from .locate import model_path
+from .placement import check_memory
+from .placement import page_directory as placed_in
 from .planner import Case, check_context, choose_context
 from .session import Message, Prompt, Session, finish
 
@@ -37,6 +39,8 @@ def load(
     probes: int = 0,
     attention: str = "full",
     budget: int = 0,
+    memory: int | None = None,
+    page_directory: str | PathLike[str] | None = None,
 ) -> Model:
     """Load a model.
 
@@ -52,27 +56,33 @@ def load(
     ``probes``: clusters that flash scores (0: the sidecar's number). ``attention``: "full", or "sparse", in
     which a decode step reads ``budget`` past tokens for each KV head (0: the default), those that a small
     index finds worth it, beside the first and the latest ones; prompts are read in full; or "exact", which
-    drafts with such steps and gives the tokens of full attention. Raises UsageError, ModelFileError,
+    drafts with such steps and gives the tokens of full attention. ``memory``: the most bytes the process may
+    take with one session, whatever its context; with sparse or exact attention keys and values that do not
+    fit go to a file in ``page_directory`` (None: in edgert's cache), and a step chooses among those in
+    memory, which change with what the tokens before it looked for. Raises UsageError, ModelFileError,
     UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
     model with a session of ``context`` does not fit the memory there is.
     """
     check_head(head, probes)
     check_options(engine, threads, kv)
+    check_memory(memory, engine)
     chosen = choose_budget(attention, budget, engine)
     file = _native.GgufFile(str(model_path(name_or_path)))
     trained = _trained_context(file)
     check_context(context, trained)
     sidecar = choose_sidecar(file.path, head, engine)
+    slots = 0
     if engine != "llamacpp":
         with contextlib.suppress(UnsupportedModelError):  # the choice of an engine says what to do
             case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention)
-            context = choose_context(case, context)
+            context, slots = choose_context(case, context, memory)
             del case
     context = context or trained
     metadata = file.metadata
     tokenizer = _TokenizerLoader(metadata)
     tokenizer.start()
-    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes, chosen)
+    tier = (slots, placed_in(page_directory)) if slots else (0, "")
+    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier)
     if head == "auto":
         head = "flash" if sidecar and loaded.name == "native" else "dense"
     return Model(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import _native
 from .errors import PlanError, UsageError
 from .locate import model_path
+from .placement import check_memory, place
 
 if TYPE_CHECKING:
     from .models import ModelSpec
@@ -78,6 +79,7 @@ class Plan:
     kv: str
     attention: str
     chosen: int
+    slots: int
     head: str
     threads: int
     platform: str
@@ -144,7 +146,8 @@ def plan(
     ``context``: tokens of prompt and answer together (None: what the model was made for). ``platform``: a
     board edgert describes, or the path of a platform file; None is this machine, as `edgert doctor`
     measured it. ``memory``: bytes there are for the process (None: what the platform has, or this machine
-    can give now). The other options are those of :func:`edgert.load`.
+    can give now); with sparse or exact attention, keys and values that do not fit into them go to the
+    disk. The other options are those of :func:`edgert.load`.
 
     Raises UsageError for an unknown platform or an option that makes no sense, ModelFileError and
     UnsupportedModelError as load does. A run that does not fit is no error here: see :attr:`Plan.fits`.
@@ -155,6 +158,7 @@ def plan(
     from .rates import rates_for
 
     check_options("native", threads, kv)
+    check_memory(memory, "native")
     chosen = choose_budget(attention, budget, "native")
     rates = rates_for(platform, threads)
     check_head(head, probes)
@@ -164,13 +168,13 @@ def plan(
     check_context(context, case.trained_context)
     context = context or case.trained_context
     if memory is not None:
-        if isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
-            raise UsageError(f"memory must be a number of bytes above 0, not {memory!r}")
         available, limit = memory, "the limit asked for (--memory)"
     elif platform is not None:
         available, limit = rates.usable_memory, f"{rates.name}"
     else:
         available, limit = process_memory(rates.threads)
+    if memory is not None:
+        case = place(case, context, available)
     return case.plan(context, rates, available, limit)
 
 
@@ -209,6 +213,7 @@ class Case:
     head: str
     chosen: int  # past tokens that a step chooses for each KV head; 0: it reads all
     attention: str
+    slots: int = 0  # pages of keys and values in memory, the others on the disk; 0: all are
 
     @classmethod
     def read(
@@ -280,7 +285,11 @@ class Case:
         for window, size in shares:
             n = layers.count(window)
             what = f"{n} layers with a window of {window}" if window else f"{n} full layers"
-            parts.append(Part(f"KV cache, {what}", size, self.kv))
+            note = self.kv
+            if self.slots and not window:
+                size, _ = self.sizes.tier(context, self.kv, self.chosen, self.slots)
+                note += f", {self.slots} pages of 16 tokens; the others on the disk"
+            parts.append(Part(f"KV cache, {what}", size, note))
         parts.append(Part("KV cache, index", index, "two bits a channel"))
         return [*parts, Part("convolution state", conv)]
 
@@ -319,6 +328,7 @@ class Case:
             kv=self.kv,
             attention=self.attention,
             chosen=self.chosen,
+            slots=self.slots,
             head=self.head,
             threads=self.threads,
             platform=rates.name,
@@ -375,17 +385,23 @@ def check_context(context: int | None, trained: int) -> None:
         raise UsageError(f"context must be 2 to {trained}, which the model was made for, not {context!r}")
 
 
-def choose_context(case: Case, context: int | None) -> int:
+def choose_context(case: Case, context: int | None, memory: int | None = None) -> tuple[int, int]:
     """The context to load a model with: the one asked for, or (None) the longest that memory allows, at
-    most what the model was made for. Raises PlanError, with what to change, when that does not fit."""
+    most what the model was made for; and the pages of keys and values that lie in memory, 0 for all. Only
+    with a limit of ``memory`` bytes do others go to the disk. Raises PlanError, with what to change, when
+    that does not fit."""
     available, limit = process_memory(case.threads)
     asked = context or case.trained_context
+    if memory is not None:
+        if memory < available:
+            available, limit = memory, "the limit asked for (--memory)"
+        case = place(case, asked, available)
     if case.needed(asked) <= available:
-        return asked
+        return asked, case.slots
     if context is None:
         longest = case.max_context(available)
         if longest >= LEAST_CONTEXT:
-            return longest
+            return longest, 0
         asked = min(LEAST_CONTEXT, asked)
     raise refusal(case, asked, available, limit)
 

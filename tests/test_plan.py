@@ -20,7 +20,7 @@ from tiny_models import tiny
 
 import edgert
 from edgert import _native, planner
-from edgert.cli.plan import parse_size
+from edgert.cli.options import parse_size
 from edgert.cost import KV_CHANNELS
 from edgert.engines import KV_TYPES
 from edgert.errors import PlanError, UsageError

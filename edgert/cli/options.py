@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,15 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add_attention(load)
+    load.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="the most to take, as 512MiB: with sparse or exact attention keys and values that do not fit go "
+        "to the disk; default: what is there",
+    )
+    load.add_argument(
+        "--page-directory", metavar="DIR", help="where they go; default: a directory in edgert's cache"
+    )
 
     make = parser.add_argument_group("generation")
     make.add_argument("--system", metavar="TEXT", help="system message that precedes the conversation")
@@ -118,6 +128,22 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kMGT", 1)
+    for suffix, base in (("B", 1000), ("iB", 1024), ("", 1000))
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 4GiB, 800MB or 1.5G (SI: 1 GB = 10**9, IEC: 1 GiB = 2**30)."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    if not match or match[2].lower() not in units or not float(match[1]):
+        raise UsageError(f"{text!r} is no size: give a number above 0 with B, kB, MB, GB, KiB, MiB or GiB")
+    return int(float(match[1]) * units[match[2].lower()])
+
+
 def load_model(args: argparse.Namespace) -> Model:
     """Find, fetch if need be, and load the model that ``args`` names."""
     from edgert.locate import model_path
@@ -138,6 +164,8 @@ def load_model(args: argparse.Namespace) -> Model:
             probes=args.probes,
             attention=args.attention,
             budget=args.budget,
+            memory=None if args.memory is None else parse_size(args.memory),
+            page_directory=args.page_directory,
         )
     finally:
         if terminal:

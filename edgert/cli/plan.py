@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import TYPE_CHECKING
 
-from edgert.cli.options import add_attention
-from edgert.errors import UsageError
+from edgert.cli.options import add_attention, parse_size
 
 if TYPE_CHECKING:
     from edgert.plan_time import Step
@@ -63,22 +61,6 @@ def main(args: argparse.Namespace) -> int:
     else:
         _print(made)
     return 0 if made.fits else 1
-
-
-_UNITS = {"": 1, "B": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("kMGT", 1)
-    for suffix, base in (("B", 1000), ("iB", 1024), ("", 1000))
-}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 4GiB, 800MB or 1.5G (SI: 1 GB = 10**9, IEC: 1 GiB = 2**30)."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    if not match or match[2].lower() not in units or not float(match[1]):
-        raise UsageError(f"{text!r} is no size: give a number above 0 with B, kB, MB, GB, KiB, MiB or GiB")
-    return int(float(match[1]) * units[match[2].lower()])
 
 
 def _print(made: Plan) -> None:

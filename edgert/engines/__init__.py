@@ -53,21 +53,22 @@ def engine_for(
     sidecar: Sidecar | None = None,
     probes: int = 0,
     chosen: int = 0,
+    tier: tuple[int, str] = (0, ""),
 ) -> Engine:
     """Load an open file, whose ``metadata`` the caller has at hand, into an engine.
 
     "auto" is native for what native knows, else llamacpp if it is installed. ``context`` is the
     longest session that will be asked for (None: what the model was made for). ``sidecar`` and
-    ``probes`` (0: the sidecar's own number) and ``chosen`` (past tokens that a step chooses; 0: it reads all)
-    are for native alone. Raises UsageError,
-    UnsupportedModelError, ModelFileError or EngineError.
+    ``probes`` (0: the sidecar's own number), ``chosen`` (past tokens that a step chooses; 0: it reads all)
+    and ``tier`` (pages of keys and values in memory, 0 for all, and where the others are) are for native
+    alone. Raises UsageError, UnsupportedModelError, ModelFileError or EngineError.
     """
     check_options(engine, threads, kv)
     threads = threads or detect_threads()
     if engine == "llamacpp":
         return _open_llamacpp(file.path, threads, context, kv)
     try:
-        return _open_native(file, metadata, threads, sidecar, probes, kv, chosen)
+        return _open_native(file, metadata, threads, sidecar, probes, kv, chosen, tier)
     except UnsupportedModelError as error:
         what = f"{file.path}: the native engine cannot run this model: {error}"
         if chosen:
@@ -98,10 +99,11 @@ def _open_native(
     probes: int,
     kv: str,
     chosen: int,
+    tier: tuple[int, str],
 ) -> Engine:
     from .native import NativeEngine
 
-    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv, chosen)
+    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv, chosen, tier)
 
 
 def native_spec(file: _native.GgufFile, metadata: Mapping[str, Any]) -> ModelSpec:

@@ -23,10 +23,17 @@ class NativeSession:
     """One sequence of the native engine. See :class:`edgert.engines.base.EngineSession`."""
 
     def __init__(
-        self, model: _native.Model, context: int, kv: str, chosen: int, probes: int, keep: int
+        self,
+        model: _native.Model,
+        context: int,
+        kv: str,
+        chosen: int,
+        tier: tuple[int, str],
+        probes: int,
+        keep: int,
     ) -> None:
         self._model = model
-        self._cache = _native.Cache(model, context, kv, chosen)
+        self._cache = _native.Cache(model, context, kv, chosen, *tier)
         self._probes, self._keep = probes, keep
 
     @property
@@ -37,6 +44,11 @@ class NativeSession:
     def nbytes(self) -> int:
         """Bytes the KV cache holds now."""
         return self._cache.nbytes
+
+    @property
+    def tier(self) -> dict[str, Any] | None:
+        """What the disk tier holds and did, None when all keys and values are in memory."""
+        return self._cache.tier
 
     @property
     def step_bytes(self) -> int:
@@ -96,7 +108,8 @@ class NativeEngine:
 
     ``threads`` 0 means one for each CPU this process may use; ``probes`` 0 the sidecar's own number of
     clusters; ``kv`` is the type of the cached keys and values; ``chosen`` the past tokens that a step
-    chooses for each KV head (0: it reads all). Raises UsageError, ModelFileError,
+    chooses for each KV head (0: it reads all); ``tier`` the pages of keys and values that a session has in
+    memory (0: all) and the directory of the others. Raises UsageError, ModelFileError,
     UnsupportedModelError or EngineError.
     """
 
@@ -111,8 +124,10 @@ class NativeEngine:
         probes: int = 0,
         kv: str = "f16",
         chosen: int = 0,
+        tier: tuple[int, str] = (0, ""),
     ) -> None:
         check_kv(spec, kv)
+        self.tier = tier
         self.spec, self.sidecar, self.kv, self.chosen = spec, sidecar, kv, chosen
         self.probes, self.keep = sidecar.budget(probes) if sidecar else (0, 0)
         self._model = _native.Model(file, spec.as_dict(), threads, sidecar.file if sidecar else None)
@@ -126,7 +141,7 @@ class NativeEngine:
         return self.spec.context_length
 
     def session(self, context: int) -> NativeSession:
-        return NativeSession(self._model, context, self.kv, self.chosen, self.probes, self.keep)
+        return NativeSession(self._model, context, self.kv, self.chosen, self.tier, self.probes, self.keep)
 
     def memory(self) -> dict[str, int]:
         return self._model.memory()
@@ -143,6 +158,8 @@ class NativeEngine:
         }
         if self.chosen:
             described["budget"] = self.chosen
+        if self.tier[0]:
+            described["pages_in_memory"], described["page_directory"] = self.tier
         if self.sidecar:
             described["flash_bytes_per_step"] = model.step_body_bytes + model.flash_bytes(
                 self.probes, self.keep

@@ -1,4 +1,4 @@
-"""Exact attention on real weights: 100 sequences of 64 tokens after 4,000 to 8,000 have full attention's tokens."""
+"""Exact attention on real weights: 100 sequences of 64 tokens after 4,000 to 8,000 are full attention's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 @pytest.mark.parametrize("kv", ["f16", "q8"])
 def test_exact_attention_is_full_attention(kv: str, report: Callable[..., None]) -> None:
-    """A prompt is the beginning of the one before, which both sessions hold: they are rewound, not read again.
+    """A prompt is the beginning of the one before, which both sessions hold: they are rewound, not read.
     Every other sequence is drawn, the others are greedy."""
     path = real_model("smollm2-135m")
     differ, drafts, agreed, passes = 0, 0, 0, 0
