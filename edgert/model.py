@@ -96,6 +96,7 @@ def load(
         probes=probes,
         attention=attention,
         chosen=chosen,
+        memory_limit=memory,
     )
 
 
@@ -130,7 +131,7 @@ class Model:
     ``context`` is what a session may hold, ``trained_context`` what the model was made for, ``head``
     "dense", "flash" or "exact", ``probes`` the clusters asked for (0: the sidecar's number), ``attention``
     "full", "sparse" or "exact", ``chosen`` the past tokens that a step chooses for each KV head (0: it reads
-    all).
+    all), ``memory_limit`` the bytes it was loaded with leave to take (None: what there is).
     """
 
     def __init__(
@@ -146,10 +147,11 @@ class Model:
         probes: int = 0,
         attention: str = "full",
         chosen: int = 0,
+        memory_limit: int | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.head, self.probes = engine, tokenizer, head, probes
         self.path, self.context, self.trained_context, self.kv = path, context, trained_context, kv
-        self.attention, self.chosen = attention, chosen
+        self.attention, self.chosen, self.memory_limit = attention, chosen, memory_limit
         self.vocab_size = engine.vocab_size
         self._fingerprint = ""
         self._closed = False

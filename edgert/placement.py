@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .planner import Case
 
 PAGE = 16  # tokens
+UNSURE = 1 / 32  # of the memory: what a plan may be wrong by, kept free where there is a choice
 
 
 def check_memory(memory: int | None, engine: str) -> None:
@@ -33,17 +34,18 @@ def place(case: Case, context: int, available: int) -> Case:
     also with full attention, which reads everything at every step."""
     if not case.chosen or case.needed(context) <= available:
         return case
+    room = available - int(UNSURE * available)
 
     def tiered(slots: int) -> Case:
         return replace(case, slots=slots)
 
     _, low = case.sizes.tier(context, case.kv, case.chosen, 1)
     high = -(-context // PAGE)
-    if low > high or tiered(low).needed(context) > available:
+    if low > high or tiered(low).needed(context) > room:
         return case
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if tiered(middle).needed(context) <= available else (low, middle - 1)
+        low, high = (middle, high) if tiered(middle).needed(context) <= room else (low, middle - 1)
     return tiered(low)
 
 

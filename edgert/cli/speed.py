@@ -65,7 +65,7 @@ def bytes_per_token(model: Model, stats: Stats, planned: Plan | None = None) -> 
 
 def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
     """Everything the stats line says, as numbers: times in seconds, sizes in bytes, rates a second.
-    Call it after the generation: it may probe the memory."""
+    Call it after the generation: it may probe the memory, but for a model with a limit of it."""
     engine = model.engine.describe()
     report: dict[str, Any] = {
         "prompt_tokens": stats.prompt_tokens,
@@ -90,6 +90,8 @@ def speed_report(model: Model, stats: Stats) -> dict[str, Any]:
         reached = step * stats.generation_tps
         report["bytes_per_token"] = int(step)
         report["read_bytes_per_second"] = reached
+        if model.memory_limit is not None:
+            return report
         with contextlib.suppress(EngineError):  # no memory left for a probe: the answer still stands
             limit = read_bandwidth(threads, reached)
             report["machine_bytes_per_second"] = limit
@@ -112,6 +114,7 @@ def _planned(model: Model, stats: Stats, attention: str) -> Plan | None:
         probes=model.probes,
         attention=attention,
         budget=model.chosen,
+        memory=model.memory_limit,
     )
 
 
