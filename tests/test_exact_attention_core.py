@@ -27,7 +27,7 @@ from edgert.model import Model
 from edgert.tokenizer import Tokenizer
 
 BUDGET = 8  # so few that drafts are often wrong
-CONTEXT = 1024
+CONTEXT = 2048
 LENGTHS = [250, 380, 640, 895]  # the index of a block is made at 384, 640 and 896 tokens
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -44,12 +44,12 @@ def kv_types(name: str) -> list[str]:
     return ["f16"] if tiny(name).spec.head_dim % 32 else ["f16", "q8"]
 
 
-def open_model(base: Path, kv: str, head: str, attention: str) -> Model:
+def open_model(base: Path, kv: str, head: str, attention: str, tier: tuple[int, str] = (0, "")) -> Model:
     """As ``load`` does, with a context that is longer than tiny models were made for."""
     chosen = choose_budget(attention, BUDGET if attention == "exact" else 0, "native")
     file = _native.GgufFile(str(base))
     sidecar = choose_sidecar(str(base), head, "native")
-    engine = NativeEngine(file, native_spec(file, file.metadata), 2, sidecar, 0, kv, chosen)
+    engine = NativeEngine(file, native_spec(file, file.metadata), 2, sidecar, 0, kv, chosen, tier)
     return Model(
         engine,
         Tokenizer.from_gguf(file.metadata),
@@ -138,6 +138,21 @@ def test_with_a_flash_head_too(name: str, head: str, tmp_path: Path) -> None:
             wanted = full.generate(ids, max_tokens=40, **options)
             reply = exact.generate(ids, max_tokens=40, **options)
             assert (reply.tokens, reply.logprobs) == (wanted.tokens, wanted.logprobs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2"])
+def test_with_keys_and_values_on_the_disk(name: str, tmp_path: Path) -> None:
+    """Drafts read what is in memory, blocks all that there is; going back brings pages back from the disk."""
+    path, slots = tiny(name).path, 70
+    full = open_model(path, "f16", "dense", "full")
+    exact = open_model(path, "f16", "dense", "exact", (slots, str(tmp_path)))
+    with full, exact, exact.session() as session:
+        for i, (length, options) in enumerate(zip([1500, 1900, 1300], OPTIONS.values(), strict=False)):
+            ids = prompt(tiny(name), length, i // 2)
+            reply = session.generate(ids, max_tokens=100, **options)
+            assert reply.tokens == full.generate(ids, max_tokens=100, **options).tokens
+        tier = session._sequence.tier
+        assert tier["bytes_written"] > 0 < tier["sections_read"]
 
 
 def test_a_saved_session_is_of_full_attention(tmp_path: Path) -> None:
