@@ -183,7 +183,8 @@ uint32_t KvCache::rewind(uint32_t length) {
   }
   if (conv_reach_ && high_ > kConvRing) lost |= length < high_ - kConvRing + conv_reach_;
   if (lost) length = 0;
-  const uint32_t blocks = std::min(indexed_, length / kIndexTokens);
+  // A step at this length reads what lies behind: a tier must have it in memory.
+  const uint32_t blocks = std::min(indexed_, blocks_at(length));
   if (tier_) tier_->rewind(pages_at(length), blocks * kBlockPages);
   length_ = length;
   indexed_ = blocks;

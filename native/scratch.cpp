@@ -81,6 +81,7 @@ void Scratch::reserve(const ModelSpec& spec, const KvCache& cache, uint32_t leng
   const Lists l = lists(spec, cache, length);
   grow(partial, l.partial);
   grow(worth, l.worth);
+  grow(page_weight, l.page_worth);
   grow(page_worth, l.page_worth);
   worth_stride = length / kIndexTokens * kIndexTokens;
   page_stride = worth_stride / kPageTokens;
@@ -94,7 +95,7 @@ void Scratch::reserve(const ModelSpec& spec, const KvCache& cache, uint32_t leng
 
 size_t Scratch::reserved_bytes(const ModelSpec& spec, const KvCache& cache, uint32_t length, uint32_t threads) {
   const Lists l = lists(spec, cache, length);
-  return l.partial * sizeof(float) + l.worth + l.page_worth * sizeof(float) + threads * (2 * l.page + l.places * sizeof(uint32_t));
+  return l.partial * sizeof(float) + l.worth + 2 * l.page_worth * sizeof(float) + threads * (2 * l.page + l.places * sizeof(uint32_t));
 }
 
 void Scratch::allocate(const ModelSpec& spec, const Weights& weights) {

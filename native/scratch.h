@@ -98,8 +98,9 @@ struct Scratch {
   // What the tokens before the recent ones are worth, [KV heads][worth_stride] (kernels.h: Scan).
   std::vector<int8_t> worth;
   uint32_t worth_stride = 0;
-  // What the best token of a page is worth, summed over layers, [KV heads][page_stride], for a tier (tier.h).
-  std::vector<float> page_worth;
+  // For a tier (tier.h): the weight of a page's best token as a multiple of that of all that is always read, of one layer, and
+  // the shares that pages have of such weights, summed over layers; both [KV heads][page_stride].
+  std::vector<float> page_weight, page_worth;
   uint32_t page_stride = 0, worth_heads = 0;
 
   // Logits of the whole head in the order of a FlashHead's rows, [kHeadTokens][rows]; grows with use.
@@ -110,7 +111,7 @@ struct Scratch {
 
   size_t bytes() const {
     size_t n = (partial.capacity() + by_row.capacity() + ids.capacity() + logits.capacity()) * sizeof(float);
-    n += worth.capacity() + page_worth.capacity() * sizeof(float);
+    n += worth.capacity() + (page_weight.capacity() + page_worth.capacity()) * sizeof(float);
     for (const Private& p : threads) {
       n += p.taken.capacity() + (p.chosen.capacity() + p.units.capacity()) * sizeof(uint32_t);
       n += p.keys.capacity() + p.values.capacity() + p.places.capacity() * sizeof(uint32_t);

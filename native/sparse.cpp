@@ -12,14 +12,14 @@ constexpr uint32_t kLevelTokens = 16;    // first and last tokens that stand for
 constexpr uint32_t kMaxGroup = KvCache::kMaxGroup;
 constexpr uint32_t kBlockPages = kIndexTokens / kPageTokens;
 
-// The weight of a token as a share of what is always read, at most all of it: worth is its logarithm.
-struct Shares {
+// What worth is the logarithm of.
+struct TokenWeights {
   float of[256];
-  Shares() {
-    for (int worth = -128; worth < 128; ++worth) of[worth + 128] = std::min(1.0f, std::exp2(float(worth) / kWorthSteps));
+  TokenWeights() {
+    for (int worth = -128; worth < 128; ++worth) of[worth + 128] = std::exp2(float(worth) / kWorthSteps);
   }
 };
-const Shares kShares;
+const TokenWeights kWeights;
 
 }  // namespace
 
@@ -95,9 +95,20 @@ void SparseStep::scan(uint32_t layer, uint32_t head, uint32_t block, const float
   const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads;
   k.scan({cache.index(layer, head, block), q, level, group, s.head_dim, worth});
   if (!cache.tier()) return;
-  float* const pages = sc.page_worth.data() + size_t(head) * sc.page_stride + block * kBlockPages;
+  float* const pages = sc.page_weight.data() + size_t(head) * sc.page_stride + block * kBlockPages;
   for (uint32_t p = 0; p < kBlockPages; ++p)
-    pages[p] += kShares.of[*std::max_element(worth + p * kPageTokens, worth + (p + 1) * kPageTokens) + 128];
+    pages[p] = kWeights.of[*std::max_element(worth + p * kPageTokens, worth + (p + 1) * kPageTokens) + 128];
+}
+
+// Adds what a head would give to each page, as a share of what it gives to all of them and to what is always read.
+void SparseStep::add_shares(uint32_t kv, uint32_t blocks) {
+  for (uint32_t head = w.index(); head < kv; head += w.threads()) {
+    const float* weight = sc.page_weight.data() + size_t(head) * sc.page_stride;
+    float* worth = sc.page_worth.data() + size_t(head) * sc.page_stride;
+    float sum = 1;
+    for (uint32_t p = 0; p < blocks * kBlockPages; ++p) sum += weight[p];
+    for (uint32_t p = 0; p < blocks * kBlockPages; ++p) worth[p] += weight[p] / sum;
+  }
 }
 
 void SparseStep::vote(uint32_t layer, const float* queries, uint32_t blocks) {
@@ -117,6 +128,8 @@ void SparseStep::vote(uint32_t layer, const float* queries, uint32_t blocks) {
       }
       scan(layer, head, item % blocks, q, level, worth);
     }
+  w.barrier();
+  add_shares(kv, blocks);
   w.barrier();
 }
 
@@ -149,6 +162,7 @@ void SparseStep::attend(uint32_t layer) {
     }
   if (cut.chosen == 0) return;
   w.barrier();
+  if (cache.tier()) add_shares(kv, cut.blocks);
   const uint32_t chosen = cut.parts() - always;
   while (w.claim(kv * chosen, b, e))
     for (uint32_t item = b; item < e; ++item) attend_part(layer, item / chosen, always + item % chosen);

@@ -50,6 +50,7 @@ struct SparseStep {
   void vote(uint32_t layer, const float* queries, uint32_t blocks);
 
   void scan(uint32_t layer, uint32_t head, uint32_t block, const float* const* q, const float* level, int8_t* worth);
+  void add_shares(uint32_t kv, uint32_t blocks);
   void attend_part(uint32_t layer, uint32_t head, uint32_t part);
   void measure_level(uint32_t layer, uint32_t head, const float* const* q, float* level);
   void pick(uint32_t head);

@@ -12,11 +12,9 @@ namespace {
 
 // Pages that enter the set at a step: their reads should end before the step does.
 constexpr uint32_t kEntering = 8;
-// What a step leaves of a page's worth. On SmolLM2 at 7,500 tokens with a quarter of the pages in memory the sum over
-// heads and layers, fading so, has half the KL of the largest of any head (docs/kernel-log.md).
+// What a step leaves of a page's worth. The largest of any head instead of the sum over heads, or a mean over steps
+// instead of what is left of the largest, lose more (docs/kernel-log.md).
 constexpr float kFade = 0.9f;
-// The worth of a page that just got its index.
-constexpr float kNew = 1;
 // Pages without an index: what is always read, a block that is not yet complete, and a pass.
 constexpr uint32_t kTail = 50;
 constexpr char kEnters = 2;  // of a saved set
@@ -64,18 +62,22 @@ void Tier::end(uint32_t indexed, bool sparse, const float* worth, uint32_t heads
   for (uint32_t page = 0; page < sealed_; ++page) {
     float sum = 0;
     for (uint32_t head = 0; head < heads; ++head) sum += worth[size_t(head) * stride + page];
-    worth_[page] = worth_[page] * kFade + sum;
+    worth_[page] = std::max(worth_[page] * kFade, sum);
   }
   seal(indexed);
   choose(sparse ? kEntering : 0);
   stale_ = !sparse;
 }
 
-// Pages with an index are in the set until others are worth more.
+// Pages that get an index enter the set, worth as much as others are on average until a step says more.
 void Tier::seal(uint32_t indexed) {
+  if (sealed_ >= indexed) return;
+  float sum = 0;
+  for (uint32_t page = 0; page < sealed_; ++page) sum += worth_[page];
+  const float average = sealed_ ? sum / float(sealed_) : 0;
   for (; sealed_ < indexed; ++sealed_) {
     store_.seal(sealed_);
-    worth_[sealed_] = kNew;
+    worth_[sealed_] = average;
     readable_[sealed_] = 1;
     in_set_ += sealed_ > 0;
   }

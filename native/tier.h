@@ -1,9 +1,9 @@
 // The pages of a KvCache that need not fit into memory, and which of them a decode step may read.
 //
 // One set of pages serves all layers and heads of a step, so that a page is one large read. Inside the set
-// the index chooses for each KV head (sparse.h). What a page is worth is what all heads of all layers
-// would give the best of its tokens, as the scan of the index, itself in memory for all pages, says at every step;
-// it fades with time. The set of a step is known a step before: pages that enter are read while a step
+// the index chooses for each KV head (sparse.h). What a page is worth is the sum over all heads and
+// layers of the share they would give its best token, as the scan of the index, itself in memory for all pages,
+// says at every step; it fades with time. The set of a step is known a step before: pages that enter are read while a step
 // runs that may not read them yet. So the set depends on the tokens alone, never on the speed of a disk.
 //
 // Always in memory are the first page and those behind the index. A pass over several tokens reads every page, layer

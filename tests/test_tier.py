@@ -17,7 +17,7 @@ from edgert.errors import EngineError
 
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
-LENGTH, STEPS, BUDGET = 2100, 12, 64
+LENGTH, STEPS, BUDGET = 2100, 40, 64
 SLOTS = 75  # of 132 pages; 71 are the fewest
 
 
