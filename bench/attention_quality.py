@@ -1,14 +1,15 @@
-"""What sparse attention loses against full attention of the same model: KL divergence along text, and lookups.
+"""What sparse attention loses against full attention of the same model, along text and in lookups, and its time.
 
-All sequences keep records (native/kv.h), in which a pass over several tokens, and a step that asks for it, have the
-bits of full attention: so a document is read once, and every budget and full attention itself go on from the
-same state. The tokens that are measured, a lookup's question included, are read in steps of one token: a step
-is what selects.
+Every budget goes on from one state, since a document is read in full whatever the budget. What is measured, a
+lookup's question included, is read in steps of one token: a step is what selects. Full attention has the same bits in
+a pass and in steps, so it takes text in passes but for the steps that are timed, which all settings take in turns.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ Progress = Callable[[int], None]  # takes what was done since the last call
 Stage = Callable[[str, int], Progress]  # takes a stage's name and how much there is to do
 
 BLOCK = 64  # positions of which full attention's logits are held; also the batches of the standard error
+TIMED = 128  # last positions of a document, in steps that take turns
 FULL = 0  # the budget that stands for full attention
 
 
@@ -57,11 +59,6 @@ class Text:
             self.loss + other.loss,
             self.blocks + other.blocks,
         )
-
-    def of_full(self) -> Text:
-        """Full attention's own sums."""
-        blocks = [(n, 0.0) for n, _ in self.blocks]
-        return Text(self.positions, self.positions, self.loss_full, self.loss_full, blocks)
 
     @property
     def kl(self) -> float:
@@ -119,12 +116,18 @@ class Quality:
     """What one budget gives (FULL: full attention)."""
 
     budget: int
-    kv_bytes: int = 0  # that a step reads at the full context
+    kv_bytes: dict[str, int] = field(default_factory=dict)  # tier -> what a step reads of it at the full context
+    seconds: list[float] = field(default_factory=list)  # of steps that took turns with the other budgets'
     texts: dict[str, Text] = field(default_factory=dict)
     lookups: dict[str, Lookups] = field(default_factory=dict)
 
     def add_text(self, source: str, text: Text) -> None:
         self.texts[source] = self.texts.get(source, Text()).join(text)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median; None where no text was scored."""
+        return statistics.median(self.seconds) if self.seconds else None
 
     @property
     def text(self) -> Text:
@@ -156,34 +159,48 @@ class AttentionQuality:
     def score(self, document: Document, positions: int, begin: Stage) -> None:
         """Score the last ``positions`` of a document, which has more."""
         tokens, start = document.tokens, len(document.tokens) - positions - 1
-        progress = begin(document.source, start + 2 * positions * (len(self.qualities) - 1))
-        reader = self._sequence(FULL)
+        progress = begin(document.source, 2 * start + positions * len(self.qualities))
+        full, reader = self._sequence(FULL), self._reader()
+        full.read(tokens[:start], progress)
         reader.read(tokens[:start], progress)
         state = reader.save()
         del reader
-        for quality in self.qualities[1:]:
-            text = Text()
-            full, sparse = self._sequence(FULL, state), self._sequence(quality.budget, state)
-            for at in range(start, len(tokens) - 1, BLOCK):
-                block = tokens[at : min(at + BLOCK, len(tokens) - 1)]
-                expected = full.score(block)
-                progress(len(block))
-                text.add(expected, sparse.score(block), tokens[at + 1 : at + 1 + len(block)])
-                progress(len(block))
+        sequences = [full, *(self._sequence(quality.budget, state) for quality in self.qualities[1:])]
+        del state
+        texts = [Text() for _ in sequences]
+        timed = start + positions - min(positions, TIMED)
+        for at in [*range(start, timed, BLOCK), *range(timed, start + positions, BLOCK)]:
+            end = at + BLOCK if at >= timed else min(at + BLOCK, timed)
+            block, targets = tokens[at : min(end, start + positions)], tokens[at + 1 : end + 1]
+            rows = self._take_turns(sequences, block) if at >= timed else [s.score(block) for s in sequences]
+            for text, logits in zip(texts, rows, strict=True):
+                text.add(rows[0], logits, targets)
+            progress(len(block) * len(sequences))
+        for quality, text in zip(self.qualities, texts, strict=True):
             quality.add_text(document.source, text)
-        self.qualities[0].add_text(document.source, text.of_full())
+
+    def _take_turns(self, sequences: Sequence[_Sequence], block: Sequence[int]) -> list[Rows]:
+        """The logits that each sequence gives to a block. Every other turn goes backwards."""
+        rows: list[list[Rows]] = [[] for _ in sequences]
+        for i in range(len(block)):
+            for n in range(len(sequences))[:: 1 if i % 2 else -1]:
+                began = time.perf_counter()
+                rows[n].append(sequences[n].step(block[i]))
+                self.qualities[n].seconds.append(time.perf_counter() - began)
+        return [np.stack(one) for one in rows]
 
     def ask(self, series: Series, begin: Stage) -> None:
         """Ask every question of a series."""
         stops = sum(stop.length for stop in series.stops[-1:])
         progress = begin(series.kind, stops + len(self.qualities) * sum(len(s.questions) for s in series.stops))
-        reader = self._sequence(FULL)
+        reader = self._reader()
         for stop in series.stops:
             reader.read(series.tokens[reader.length : stop.length], progress)
             state = reader.save()
             expected: list[bool] = []
             for quality in self.qualities:
-                sequence = self._sequence(quality.budget, state)
+                budget = quality.budget
+                sequence = self._reader(state) if budget == FULL else self._sequence(budget, state)
                 found = []
                 for question in stop.questions:
                     found.append(question.answered(self._reply(sequence, question)))
@@ -205,17 +222,18 @@ class AttentionQuality:
         return self._tokenizer.decode(reply)
 
     def _sequence(self, budget: int, state: bytes | None = None) -> _Sequence:
-        return _Sequence(self._core, self._context, self._kv, budget, state)
+        return _Sequence(_native.Cache(self._core, self._context, self._kv, budget), self._core, budget == FULL, state)
+
+    def _reader(self, state: bytes | None = None) -> _Sequence:
+        """Full attention that can save states for every budget, at other speeds."""
+        return _Sequence(_native.Cache(self._core, self._context, self._kv, 1), self._core, True, state)
 
 
 class _Sequence:
-    def __init__(
-        self, core: _native.Model, context: int, kv: str, budget: int, state: bytes | None = None
-    ) -> None:
-        self._core, self._full = core, budget == FULL
-        self._cache = _native.Cache(core, context, kv, budget or 1)  # any budget: full steps do not look at it
+    def __init__(self, cache: _native.Cache, core: _native.Model, full: bool, state: bytes | None) -> None:
+        self._cache, self._core, self._full = cache, core, full
         if state is not None:
-            self._cache.load(state)
+            cache.load(state)
 
     @property
     def length(self) -> int:
@@ -228,12 +246,15 @@ class _Sequence:
             self._core.forward(self._cache, part, full=True)
             progress(len(part))
 
+    def step(self, token: int) -> Rows:
+        """Append a token; returns the logits after it, [vocab]."""
+        return self._core.forward(self._cache, np.array([token], np.int32), full=self._full)
+
     def score(self, tokens: Sequence[int]) -> Rows:
-        """Append tokens as steps of one token do; returns the logits after each, [n, vocab]."""
-        ids = np.asarray(tokens, np.int32)
-        if self._full:  # the same bits in one pass
-            return self._core.forward(self._cache, ids, all_logits=True, full=True)
-        return np.stack([self._core.forward(self._cache, ids[i : i + 1]) for i in range(len(ids))])
+        """Append tokens as steps do; returns the logits after each, [n, vocab]."""
+        if self._full:
+            return self._core.forward(self._cache, np.asarray(tokens, np.int32), all_logits=True, full=True)
+        return np.stack([self.step(token) for token in tokens])
 
     def save(self) -> bytes:
         return self._cache.save()
