@@ -1,4 +1,4 @@
-"""What `edgert eval attention` found, as tables, as JSON and as a plot."""
+"""What `edgert eval attention` found, as Markdown, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from edgert.bench import plots
-from edgert.bench.attention_quality import FULL, Lookups, Quality, Text
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from edgert.bench.attention_quality import FULL, TIMED, Quality, Text
 
 from edgert.errors import UsageError
 
 ALL = "all"
-WIDTH = 100  # columns where there is no terminal
 
 
-def print_tables(qualities: Sequence[Quality]) -> None:
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = WIDTH
+def markdown(facts: dict[str, Any], qualities: Sequence[Quality]) -> str:
+    """``facts``: bench/context.py's, ``context``, ``kv`` and ``threads``."""
+    lines = [
+        "# Sparse attention against full attention",
+        "",
+        f"`edgert eval attention`: {facts['model']} (SHA-256 {facts['model_sha256'][:12]}…), {facts['context']:,} "
+        f"tokens, {facts['kv']} keys and values. {facts['cpu']}, {facts['threads']} threads, edgert "
+        f"{facts['edgert']} build {facts['edgert_build']} ({facts['edgert_isa']}), {facts['date']}.",
+    ]
     if qualities[0].texts:
-        console.print(_texts(qualities))
+        lines += ["", *_texts(qualities)]
     if qualities[0].lookups:
-        console.print(_lookups(qualities))
+        lines += ["", *_lookups(qualities)]
+    return "\n".join(lines) + "\n"
 
 
 def to_dict(qualities: Sequence[Quality]) -> list[dict[str, Any]]:
@@ -35,6 +37,7 @@ def to_dict(qualities: Sequence[Quality]) -> list[dict[str, Any]]:
             "attention": "sparse" if q.budget else "full",
             "budget": q.budget,
             "kv_bytes_per_step": q.kv_bytes,
+            "step_seconds": q.step_seconds,
             "text": {source: _text_fields(text) for source, text in _with_all(q.texts, q.text)},
             "lookups": {kind: vars(counts) for kind, counts in _with_all(q.lookups, q.lookup)},
         }
@@ -43,33 +46,31 @@ def to_dict(qualities: Sequence[Quality]) -> list[dict[str, Any]]:
 
 
 def write_png(qualities: Sequence[Quality], path: Path) -> None:
-    """KL and lookups against the keys and values a step reads. Raises UsageError for a place that cannot be written."""
+    """KL and lookups against what a step reads. Raises UsageError for a place that cannot be written."""
     figure = plots.figures().Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    sparse = sorted(qualities[1:], key=lambda q: q.kv_bytes)
-    for source in [*sparse[0].texts, ALL] if sparse[0].texts else []:
-        values = [(q.texts.get(source) or q.text) for q in sparse]
-        left.errorbar(
-            [q.kv_bytes / 1e6 for q in sparse],
-            [text.kl for text in values],
-            yerr=[text.kl_error for text in values],
-            marker="o",
-            capsize=3,
-            label=source,
-        )
-    for kind in [*sparse[0].lookups, ALL] if sparse[0].lookups else []:
-        counts = [(q.lookups.get(kind) or q.lookup) for q in [*sparse, qualities[0]]]
-        places = [q.kv_bytes / 1e6 for q in [*sparse, qualities[0]]]
-        (line,) = right.plot(places[:-1], [100 * c.right / c.asked for c in counts[:-1]], marker="o", label=kind)
-        full = 100 * counts[-1].right / counts[-1].asked
-        right.axhline(full, color=line.get_color(), linestyle=":", linewidth=1)
+    full, *sparse = qualities
+    places = [_megabytes(q) for q in sparse]
+    for source, _ in _with_all(full.texts, full.text):
+        values = [q.texts.get(source) or q.text for q in sparse]
+        kl, error = [text.kl for text in values], [text.kl_error for text in values]
+        left.errorbar(places, kl, yerr=error, marker="o", capsize=3, label=source)
+    for kind, counts in _with_all(full.lookups, full.lookup):
+        right_answers = [100 * (q.lookups.get(kind) or q.lookup).right / counts.asked for q in sparse]
+        (line,) = right.plot(places, right_answers, marker="o", label=kind)
+        right.axhline(100 * counts.right / counts.asked, color=line.get_color(), linestyle=":", linewidth=1)
     left.set_yscale("log")
     left.set_title("KL to full attention, nats", fontsize=9)
     right.set_title("lookups answered, % (dotted: full attention)", fontsize=9)
+    full_time = f", full attention {_milliseconds(full)}" if full.seconds else ""
     for axis in (left, right):
-        axis.set_xlabel("keys, values and index read a step, MB; above: budget", fontsize=8)
+        axis.set_xlabel(
+            f"keys, values and index read a step, MB (full attention {_megabytes(full):.1f});\n"
+            f"above: budget and time of a step{full_time}",
+            fontsize=8,
+        )
         above = axis.secondary_xaxis("top")
-        above.set_xticks([q.kv_bytes / 1e6 for q in sparse], [str(q.budget) for q in sparse])
+        above.set_xticks(places, [f"{q.budget}\n{_milliseconds(q)}" for q in sparse])
         for ticks in (axis, above):
             ticks.tick_params(labelsize=8)
         if axis.get_legend_handles_labels()[0]:
@@ -96,41 +97,60 @@ def _text_fields(text: Text) -> dict[str, float]:
     }
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    return table
+def _megabytes(quality: Quality) -> float:
+    return sum(quality.kv_bytes.values()) / 1e6
+
+
+def _milliseconds(quality: Quality) -> str:
+    return "" if quality.step_seconds is None else f"{1e3 * quality.step_seconds:.2f} ms"
 
 
 def _name(quality: Quality) -> str:
     return "full" if quality.budget == FULL else f"sparse {quality.budget}"
 
 
-def _texts(qualities: Sequence[Quality]) -> Table:
-    table = _table(
-        "Text, against full attention",
-        ("attention", "KV a step", "text", "positions", "KL, nats", "top-1", "perplexity", "change"),
-    )
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def _texts(qualities: Sequence[Quality]) -> list[str]:
+    first = qualities[0]
+    rows = []
     for quality in qualities:
-        first = [_name(quality), f"{quality.kv_bytes / 1e6:.1f} MB"]
+        time, full_time = quality.step_seconds, first.step_seconds
+        faster = f"{full_time / time:.2f}" if time and full_time else ""
+        beside = [f"{_megabytes(quality):.1f} MB", _milliseconds(quality), faster]
         for source, text in _with_all(quality.texts, quality.text):
-            cells = ["", "", ""]
+            kl = agreement = change = ""
             if quality.budget != FULL:
-                change = f"{100 * (text.perplexity_ratio - 1):+.2f} %"
-                cells = [f"{text.kl:.4f} ± {text.kl_error:.4f}", f"{text.agreement:.2%}", change]
-            table.add_row(*first, source, str(text.positions), *cells[:2], f"{text.perplexity:.3f}", cells[2])
-            first = ["", ""]
-        table.add_section()
-    return table
+                kl, agreement = f"{text.kl:.4f} ± {text.kl_error:.4f}", f"{text.agreement:.1%}"
+                change = f"{text.perplexity_ratio - 1:+.2%}"
+            found = [f"{text.positions:,}", kl, agreement, f"{text.perplexity:.3f}", change]
+            rows.append([_name(quality), *beside, source, *found])
+    return [
+        f"What a step reads is of the whole context; its time is the median of steps that took turns, the last "
+        f"{TIMED} of each document. KL is of full attention's probabilities from those here, in nats, with its "
+        "standard error.",
+        "",
+        *_table(
+            "attention,KV a step,a step,times faster,text,positions,KL,same likeliest token,perplexity,change".split(","),
+            rows,
+        ),
+    ]
 
 
-def _lookups(qualities: Sequence[Quality]) -> Table:
+def _lookups(qualities: Sequence[Quality]) -> list[str]:
     kinds = [kind for kind, _ in _with_all(qualities[0].lookups, None)]
-    table = _table("Lookups answered", ("attention", *kinds, "right only in full", "only here"))
+    rows = []
     for quality in qualities:
-        counts: list[Lookups] = [c for _, c in _with_all(quality.lookups, quality.lookup)]
-        cells = [f"{c.right} of {c.asked}" for c in counts]
-        paired = ("", "") if quality.budget == FULL else (str(counts[-1].lost), str(counts[-1].gained))
-        table.add_row(_name(quality), *cells, *paired)
-    return table
+        cells = [f"{c.right} of {c.asked}" for _, c in _with_all(quality.lookups, quality.lookup)]
+        whole = quality.lookup
+        paired = ["", ""] if quality.budget == FULL else [str(whole.lost), str(whole.gained)]
+        rows.append([_name(quality), *cells, *paired])
+    return [
+        "Lookups answered, with the question stepped through; of all, those that only one of full attention and "
+        "this budget answered.",
+        "",
+        *_table(["attention", *kinds, "only full", "only here"], rows),
+    ]

@@ -1,8 +1,8 @@
 """`edgert eval attention`: sparse attention against full attention of the same model, on long text and lookups.
 
 Prompts are read in full by either, so what is measured are steps: a document is read up to its last positions,
-which are then stepped through; a lookup's document is read, its question is stepped through (as the question of a
-user's next turn would be, were it decoded) and answered greedily. Speed is `edgert bench`'s to measure.
+which are then stepped through; a lookup's document is read, its question is stepped through and answered greedily.
+That is harder than use, where a question is a prompt and so read in full. The time of a step is with the dense head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edgert.bench import attention_report, plots
 from edgert.bench.attention_quality import AttentionQuality, Quality
+from edgert.bench.context import context as facts_of
 from edgert.bench.eval_texts import make_documents
 from edgert.bench.lookups import make_lookups
 
@@ -25,6 +26,7 @@ from edgert.cli.progress import Steps
 from edgert.engines.native import NativeEngine
 from edgert.errors import UsageError
 from edgert.model import Model, load
+from edgert.whole_file import write_whole
 
 CONTEXT, SHORTEST = 8000, 1024
 BUDGETS = "256,512,1024,2048"
@@ -51,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", default="f16", metavar="TYPE", help="f16 (default) or q8")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality against bytes read")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE.md", help="write the tables there; default: stdout"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -62,19 +67,27 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--context must be at least {SHORTEST} tokens, not {args.context}")
     if args.plot:
         plots.check_png(args.plot)
+    if args.output and not args.output.parent.is_dir():
+        raise UsageError(f"-o: there is no directory {args.output.parent}")
     with load(
         args.model, engine="native", head="dense", threads=args.threads, kv=args.kv, context=args.context
     ) as model:
         context = min(args.context or CONTEXT, model.context)
+        threads = model.engine.describe()["threads"]
+        facts = {**facts_of(Path(model.path)), "context": context, "kv": model.kv, "threads": threads}
         qualities = evaluate(model, context, budgets, args.positions, args.lookups, args.file)
     if args.plot:
         attention_report.write_png(qualities, args.plot)
+    text = attention_report.markdown(facts, qualities)
+    if args.output:
+        try:
+            write_whole(args.output, [text.encode()])
+        except OSError as error:
+            raise UsageError(f"-o: cannot write {args.output}: {error.strerror}") from error
     if args.json:
-        facts = {"model": model.path, "context": context, "kv": model.kv}
         print(json.dumps({**facts, "rows": attention_report.to_dict(qualities)}, indent=1))
-    else:
-        print(f"{model.path}: {context} tokens, {model.kv} keys and values\n")
-        attention_report.print_tables(qualities)
+    elif not args.output:
+        print(text, end="")
     return 0
 
 
@@ -94,7 +107,7 @@ def evaluate(
     work = AttentionQuality(engine._model, model.tokenizer, context, model.kv, budgets)
     sizes = _native.Sizes(_native.GgufFile(model.path), engine.spec.as_dict(), 1)
     for quality in work.qualities:
-        quality.kv_bytes = sizes.kv_step(context, context - 1, model.kv, quality.budget)
+        quality.kv_bytes["memory"] = sizes.kv_step(context, context - 1, model.kv, quality.budget)
     steps = Steps()
     if positions:
         documents = make_documents(model.tokenizer, context, file)
