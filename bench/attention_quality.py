@@ -1,8 +1,10 @@
-"""What sparse attention loses against full attention of the same model, along text and in lookups, and its time.
+"""What sparse attention loses against full attention of the same model, along text and in lookups, and its
+time.
 
-Every budget goes on from one state, since a document is read in full whatever the budget. What is measured, a
-lookup's question included, is read in steps of one token: a step is what selects. Full attention has the same bits in
-a pass and in steps, so it takes text in passes but for the steps that are timed, which all settings take in turns.
+Every budget goes on from one state, since a document is read in full whatever the budget. What is measured,
+a lookup's question included, is read in steps of one token: a step is what selects. Full attention has the
+same bits in a pass and in steps, so it takes text in passes but for the steps that are timed, which all
+settings take in turns.
 """
 
 from __future__ import annotations
@@ -116,7 +118,9 @@ class Quality:
     """What one budget gives (FULL: full attention)."""
 
     budget: int
-    kv_bytes: dict[str, int] = field(default_factory=dict)  # tier -> what a step reads of it at the full context
+    kv_bytes: dict[str, int] = field(
+        default_factory=dict
+    )  # tier -> what a step reads of it at the full context
     seconds: list[float] = field(default_factory=list)  # of steps that took turns with the other budgets'
     texts: dict[str, Text] = field(default_factory=dict)
     lookups: dict[str, Lookups] = field(default_factory=dict)
@@ -147,8 +151,9 @@ class Quality:
 
 
 class AttentionQuality:
-    """Measures ``budgets`` beside full attention on sequences of at most ``context`` tokens. ``qualities`` are full
-    attention's and those of the budgets, in their order. ``core`` and ``tokenizer`` are a loaded model's."""
+    """Measures ``budgets`` beside full attention on sequences of at most ``context`` tokens. ``qualities``
+    are full attention's and those of the budgets, in their order. ``core`` and ``tokenizer`` are a loaded
+    model's."""
 
     def __init__(
         self, core: _native.Model, tokenizer: Tokenizer, context: int, kv: str, budgets: Sequence[int]
@@ -192,7 +197,9 @@ class AttentionQuality:
     def ask(self, series: Series, begin: Stage) -> None:
         """Ask every question of a series."""
         stops = sum(stop.length for stop in series.stops[-1:])
-        progress = begin(series.kind, stops + len(self.qualities) * sum(len(s.questions) for s in series.stops))
+        progress = begin(
+            series.kind, stops + len(self.qualities) * sum(len(s.questions) for s in series.stops)
+        )
         reader = self._reader()
         for stop in series.stops:
             reader.read(series.tokens[reader.length : stop.length], progress)
@@ -222,7 +229,9 @@ class AttentionQuality:
         return self._tokenizer.decode(reply)
 
     def _sequence(self, budget: int, state: bytes | None = None) -> _Sequence:
-        return _Sequence(_native.Cache(self._core, self._context, self._kv, budget), self._core, budget == FULL, state)
+        return _Sequence(
+            _native.Cache(self._core, self._context, self._kv, budget), self._core, budget == FULL, state
+        )
 
     def _reader(self, state: bytes | None = None) -> _Sequence:
         """Full attention that can save states for every budget, at other speeds."""
@@ -266,6 +275,6 @@ class _Sequence:
 
 
 def _log_probabilities(logits: Rows) -> Rows:
-    shifted = logits - logits.max(1, keepdims=True)
+    shifted: Rows = logits - logits.max(1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
     return shifted

@@ -19,8 +19,9 @@ def markdown(facts: dict[str, Any], qualities: Sequence[Quality]) -> str:
     lines = [
         "# Sparse attention against full attention",
         "",
-        f"`edgert eval attention`: {facts['model']} (SHA-256 {facts['model_sha256'][:12]}…), {facts['context']:,} "
-        f"tokens, {facts['kv']} keys and values. {facts['cpu']}, {facts['threads']} threads, edgert "
+        f"`edgert eval attention`: {facts['model']} (SHA-256 {facts['model_sha256'][:12]}…), "
+        f"{facts['context']:,} tokens, {facts['kv']} keys and values. {facts['cpu']}, "
+        f"{facts['threads']} threads, edgert "
         f"{facts['edgert']} build {facts['edgert_build']} ({facts['edgert_isa']}), {facts['date']}.",
     ]
     if qualities[0].texts:
@@ -72,7 +73,7 @@ def write_png(qualities: Sequence[Quality], path: Path) -> None:
         above = axis.secondary_xaxis("top")
         above.set_xticks(places, [f"{q.budget}\n{_milliseconds(q)}" for q in sparse])
         for ticks in (axis, above):
-            ticks.tick_params(labelsize=8)
+            ticks.tick_params(which="both", labelsize=8)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
         axis.spines["right"].set_visible(False)
@@ -129,12 +130,15 @@ def _texts(qualities: Sequence[Quality]) -> list[str]:
             found = [f"{text.positions:,}", kl, agreement, f"{text.perplexity:.3f}", change]
             rows.append([_name(quality), *beside, source, *found])
     return [
-        f"What a step reads is of the whole context; its time is the median of steps that took turns, the last "
-        f"{TIMED} of each document. KL is of full attention's probabilities from those here, in nats, with its "
-        "standard error.",
+        f"What a step reads is of the whole context; its time is the median of steps that took turns, the "
+        f"last {TIMED} of each document. KL is of full attention's probabilities from those here, in nats, "
+        "with its standard error.",
         "",
         *_table(
-            "attention,KV a step,a step,times faster,text,positions,KL,same likeliest token,perplexity,change".split(","),
+            [
+                *("attention", "KV a step", "a step", "times faster", "text", "positions", "KL"),
+                *("same likeliest token", "perplexity", "change"),
+            ],
             rows,
         ),
     ]
@@ -149,8 +153,8 @@ def _lookups(qualities: Sequence[Quality]) -> list[str]:
         paired = ["", ""] if quality.budget == FULL else [str(whole.lost), str(whole.gained)]
         rows.append([_name(quality), *cells, *paired])
     return [
-        "Lookups answered, with the question stepped through; of all, those that only one of full attention and "
-        "this budget answered.",
+        "Lookups answered, with the question stepped through; of all, those that only one of full attention "
+        "and this budget answered.",
         "",
         *_table(["attention", *kinds, "only full", "only here"], rows),
     ]

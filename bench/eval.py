@@ -1,4 +1,4 @@
-"""`edgert eval head` and `edgert eval attention`: what is approximate, measured against what it stands for."""
+"""`edgert eval head` and `edgert eval attention`: approximations, measured against what they stand for."""
 
 from __future__ import annotations
 
@@ -21,4 +21,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    return WHAT[args.what][0].main(args)
+    code: int = WHAT[args.what][0].main(args)
+    return code

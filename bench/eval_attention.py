@@ -1,8 +1,10 @@
-"""`edgert eval attention`: sparse attention against full attention of the same model, on long text and lookups.
+"""`edgert eval attention`: sparse attention against full attention of the same model, on long text and
+lookups.
 
-Prompts are read in full by either, so what is measured are steps: a document is read up to its last positions,
-which are then stepped through; a lookup's document is read, its question is stepped through and answered greedily.
-That is harder than use, where a question is a prompt and so read in full. The time of a step is with the dense head.
+Prompts are read in full by either, so what is measured are steps: a document is read up to its last
+positions, which are then stepped through; a lookup's document is read, its question is stepped through and
+answered greedily. That is harder than use, where a question is a prompt and so read in full. The time of a
+step is with the dense head.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens of the longest sequence; default: {CONTEXT}, or what the model was made for",
     )
     parser.add_argument(
-        "--budgets", default=BUDGETS, metavar="N,…", help=f"tokens chosen for each KV head; default: {BUDGETS}"
+        "--budgets",
+        default=BUDGETS,
+        metavar="N,…",
+        help=f"tokens chosen for each KV head; default: {BUDGETS}",
     )
     parser.add_argument(
         "-f", "--file", type=Path, metavar="FILE", help="your text; default: Python's manual and its library"
@@ -99,9 +104,9 @@ def evaluate(
     lookups: int,
     file: Path | None = None,
 ) -> list[Quality]:
-    """Full attention and each budget on sequences of at most ``context`` tokens: at least ``positions`` of text (of
-    ``file`` if given) and ``lookups`` questions. ``model`` is loaded with the native engine; its head is not used.
-    Raises UsageError for text that cannot be read or is too short."""
+    """Full attention and each budget on sequences of at most ``context`` tokens: at least ``positions`` of
+    text (of ``file`` if given) and ``lookups`` questions. ``model`` is loaded with the native engine; its
+    head is not used. Raises UsageError for text that cannot be read or is too short."""
     engine = model.engine
     assert isinstance(engine, NativeEngine)
     work = AttentionQuality(engine._model, model.tokenizer, context, model.kv, budgets)
@@ -115,8 +120,8 @@ def evaluate(
         shortest = min(len(document.tokens) for document in documents)
         if each > shortest // 2:
             raise UsageError(
-                f"--positions {positions} are {each} of each document, the shortest of which has {shortest} tokens, "
-                "and half of a document is only read: give more text or ask for fewer"
+                f"--positions {positions} are {each} of each document, the shortest of which has {shortest} "
+                "tokens, and half of a document is only read: give more text or ask for fewer"
             )
         for document in documents:
             work.score(document, each, steps)
@@ -128,5 +133,7 @@ def evaluate(
 def _budgets(text: str) -> list[int]:
     words = text.split(",")
     if not all(word.isdecimal() and 0 < int(word) <= LARGEST_BUDGET for word in words):
-        raise UsageError(f"--budgets are numbers from 1 to {LARGEST_BUDGET} with commas between, not {text!r}")
+        raise UsageError(
+            f"--budgets are numbers from 1 to {LARGEST_BUDGET} with commas between, not {text!r}"
+        )
     return sorted({int(word) for word in words})

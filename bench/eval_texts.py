@@ -1,7 +1,7 @@
 """The text that `edgert eval attention` scores, long enough for documents of thousands of tokens.
 
-It comes with every Python and is no part of the calibration text (``export/calibration``), on which heads and budgets
-are chosen: prose is the English of the language reference (``pydoc_data``), without its grammar, lists and
+It comes with every Python and is no part of the calibration text (``export/calibration``), on which heads are
+made: prose is the English of the language reference (``pydoc_data``), without its grammar, lists and
 examples; code is the standard library's own modules. Other versions of Python have slightly other text.
 """
 
@@ -32,8 +32,9 @@ class Document:
 
 
 def make_documents(tokenizer: Tokenizer, length: int, file: Path | None = None) -> list[Document]:
-    """At most DOCUMENTS a source, of ``length`` tokens or, where there is less text, one that is shorter: of prose and
-    code, or of the text in ``file``. Raises UsageError for text that cannot be read or is too short."""
+    """At most DOCUMENTS a source, of ``length`` tokens or, where there is less text, one that is shorter: of
+    prose and code, or of the text in ``file``. Raises UsageError for text that cannot be read or is too
+    short."""
     sources = {"file": _read(file)} if file else {"prose": _prose(), "code": _code()}
     documents = []
     for source, text in sources.items():
@@ -57,7 +58,9 @@ def _prose() -> str:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
     except ImportError as error:
         raise UsageError("this Python comes without pydoc_data, the default prose: give --file") from error
-    paragraphs = [" ".join(p.split("\n")) for name in sorted(topics) for p in topics[name].split("\n\n") if _is_prose(p)]
+    paragraphs = [
+        " ".join(p.split("\n")) for name in sorted(topics) for p in topics[name].split("\n\n") if _is_prose(p)
+    ]
     return "\n\n".join(dict.fromkeys(paragraphs))  # topics repeat some
 
 

@@ -1,10 +1,10 @@
-"""Lookups in long documents, for `edgert eval attention`: numbers in prose, random strings among many of their kind,
-and what a chat is asked about a document.
+"""Lookups in long documents, for `edgert eval attention`: numbers in prose, random strings among many of
+their kind, and what a chat is asked about a document.
 
 A series is one growing document that is stopped at several lengths; at each, questions are asked about what
-was read so far. So a document is read once for all its questions, and the question's own tokens can be
-stepped through like those of a user's next turn. What a model of 135 million parameters can answer decided the forms:
-with one kind of key for forty owners full attention itself finds one of ten, which measures nothing.
+was read so far. So a document is read once for all its questions. What a model of 135 million parameters can
+answer decided the forms: with one kind of key for forty owners full attention itself finds one of ten, which
+measures nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from edgert.bench.text import prose
+from edgert.bench.text import phrases, prose
 
 from edgert.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ STOPS = 4  # lengths, equally far apart, the last one the whole document
 PAIRS = 96  # of strings in a document
 CHAT_ROOM = 32  # tokens of a chat's reply
 
-_SUBJECTS = (
+_SUBJECTS = phrases(
     "pass key of the vault|telephone number of the ferry office|serial number of the blue engine|"
     "price of the stolen painting in crowns|number of books in the abbey library|postal code of Tarnhill|"
     "membership number of Doctor Abelard|licence number of the red tractor|population of Eastmere|"
@@ -37,14 +37,14 @@ _SUBJECTS = (
     "number of votes for Helena Brandt|insurance number of the circus|altitude of the monastery in feet|"
     "production code of the film|number of soldiers in the fortress|registration number of the yacht|"
     "cost of the planetarium in dollars"
-).split("|")
+)
 _LETTERS = "abcdefghjkmnpqrstuvwxyz"
 
 
 @dataclass(frozen=True)
 class Question:
-    """``tokens`` are read after the document; the reply of at most ``room`` tokens must then give ``answer``: at once,
-    or in a chat (``free``) anywhere."""
+    """``tokens`` are read after the document; the reply of at most ``room`` tokens must then give ``answer``:
+    at once, or in a chat (``free``) anywhere."""
 
     tokens: list[int]
     answer: str
@@ -89,8 +89,8 @@ class _Document:
 
 
 def make_lookups(tokenizer: Tokenizer, length: int, count: int, seed: int = 1) -> list[Series]:
-    """``count`` questions, two fifths on passkeys, two fifths on strings, the rest in chats. A document and any of its
-    questions and replies take at most ``length`` tokens."""
+    """``count`` questions, two fifths on passkeys, two fifths on strings, the rest in chats. A document and
+    any of its questions and replies take at most ``length`` tokens."""
     shares = [count * 2 // 5, count * 2 // 5]
     shares.append(count - sum(shares))
     return [
@@ -123,8 +123,8 @@ def _strings(tokenizer: Tokenizer, length: int, count: int, rng: random.Random) 
 
 
 def _chats(tokenizer: Tokenizer, length: int, count: int, rng: random.Random) -> Series:
-    """The document stands in the first turn; numbers are asked for in the second, or in the third after another
-    question and its right answer. In the model's chat template where it has one."""
+    """The document stands in the first turn; numbers are asked for in the second, or in the third after
+    another question and its right answer. In the model's chat template where it has one."""
 
     def ask(facts: Sequence[_Fact]) -> Question:
         asked = [facts[-1]] if len(facts) % 2 else [facts[len(facts) // 2 - 1], facts[-1]]
@@ -184,7 +184,12 @@ def _pairs(rng: random.Random) -> Iterator[_Fact]:
 
 
 def _document(
-    tokenizer: Tokenizer, begin: list[int], length: int, facts: Iterator[_Fact], count: int, rng: random.Random
+    tokenizer: Tokenizer,
+    begin: list[int],
+    length: int,
+    facts: Iterator[_Fact],
+    count: int,
+    rng: random.Random,
 ) -> _Document:
     """``begin`` and prose with ``count`` facts evenly spread in it, at most ``length`` tokens in all."""
     document = _Document(list(begin))
@@ -201,8 +206,8 @@ def _document(
 
 
 def _stops(document: _Document, count: int, ask: Callable[[Sequence[_Fact]], Question]) -> list[Stop]:
-    """``count`` questions, spread over the lengths and at each length over the facts read so far. ``ask`` gets the
-    facts up to the one to ask for."""
+    """``count`` questions, spread over the lengths and at each length over the facts read so far. ``ask``
+    gets the facts up to the one to ask for."""
     stops = []
     for i in range(STOPS):
         length = len(document.tokens) * (i + 1) // STOPS
