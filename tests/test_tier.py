@@ -148,9 +148,7 @@ def test_too_few_slots_are_refused(model: _native.Model, tmp_path: Path) -> None
         _native.Cache(model, 4096, "f16", 0, slots=90, directory=str(tmp_path))
 
 
-def test_a_disk_cap_keeps_what_was_read(
-    model: _native.Model, ids: Ids, tmp_path: Path
-) -> None:
+def test_a_disk_cap_keeps_what_was_read(model: _native.Model, ids: Ids, tmp_path: Path) -> None:
     tiered = cache(model, tmp_path, disk_bytes=0)
     with pytest.raises(EngineError, match="may not outgrow"):
         read(model, tiered, ids)
@@ -162,9 +160,7 @@ def test_a_disk_cap_keeps_what_was_read(
     np.testing.assert_array_equal(read(model, tiered, ids[length - 20 : length - 10]), expected)
 
 
-def test_a_damaged_file_is_an_error(
-    model: _native.Model, ids: Ids, tmp_path: Path
-) -> None:
+def test_a_damaged_file_is_an_error(model: _native.Model, ids: Ids, tmp_path: Path) -> None:
     tiered = cache(model, tmp_path)
     read(model, tiered, ids[:LENGTH])
     for entry in Path("/proc/self/fd").iterdir():
