@@ -26,7 +26,6 @@ FREE_TOKENS, FREE_PREFIX = 128, 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("head",), help="what is measured")
     add_model_arguments(parser)
     parser.add_argument("-f", "--file", type=Path, metavar="FILE", help="your text; default: prose made up")
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="of the text; default: 2048")

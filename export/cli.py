@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+from edgert.cli.progress import Steps
 from edgert.errors import UsageError
 
 QUANT = "int8"
@@ -87,7 +86,7 @@ def _convert(directory: Path, args: argparse.Namespace) -> Path:
     from edgert.export.hf_directory import convert
 
     quant = args.quant or QUANT
-    path = convert(directory, quant, None if args.flash_head else args.output, _note, _Steps())
+    path = convert(directory, quant, None if args.flash_head else args.output, _note, Steps())
     size = path.stat().st_size
     if not args.json:
         print(f"{path}: {size / 1e6:.1f} MB, {quant}")
@@ -102,7 +101,7 @@ def _flash_head(model: Path, args: argparse.Namespace) -> None:
     from edgert.export.flash_head import Request, export_flash_head
 
     request = Request(args.agreement, args.calibration, args.cluster_size, args.probes, args.rank, args.seed)
-    done = export_flash_head(model, request, args.output, _note, _Steps())
+    done = export_flash_head(model, request, args.output, _note, Steps())
     quality = done.quality
     if args.json:
         import json
@@ -117,30 +116,3 @@ def _flash_head(model: Path, args: argparse.Namespace) -> None:
 
 def _note(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-class _Steps:
-    """A line on stderr for each step of the work, with its percentage on a terminal."""
-
-    def __call__(self, what: str, total: int) -> Callable[[int], None]:
-        began, done, shown = time.monotonic(), 0, 0.0
-        terminal = sys.stderr.isatty()
-
-        def progress(n: int) -> None:
-            nonlocal done, shown
-            done += n
-            now = time.monotonic()
-            whole = done >= total
-            if terminal and (whole or now - shown > 0.1):
-                shown = now
-                end = "\n" if whole else ""
-                print(
-                    f"\r\x1b[Kedgert: {what}: {min(1, done / total):.0%}, {now - began:.0f} s",
-                    end=end,
-                    file=sys.stderr,
-                    flush=True,
-                )
-            elif whole and not terminal:
-                print(f"edgert: {what}: {now - began:.1f} s", file=sys.stderr)
-
-        return progress

@@ -22,7 +22,7 @@ VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULE
     "pull": "fetch a model into the cache, or list those known by name",
     "export": "make a model's sidecar (its clustered vocabulary head), or a GGUF of a Hugging Face directory",
     "bench": "measure a model's speed and memory, beside other engines",
-    "eval": "measure how often a FlashHead gives the dense head's tokens",
+    "eval": "measure what a FlashHead or sparse attention loses against the whole of it",
     "plan": "say what a run will cost in memory and time, and whether it fits",
     "info": "say what a model file is",
     "doctor": "say what this machine can do and what limits it",
@@ -32,7 +32,7 @@ VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULE
 MODULES = {
     "export": "edgert.export.cli",
     "bench": "edgert.bench.cli",
-    "eval": "edgert.bench.eval_head",
+    "eval": "edgert.bench.eval",
 }
 
 

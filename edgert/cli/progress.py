@@ -1,10 +1,11 @@
-"""A download bar on stderr: one line redrawn on a terminal, a line every quarter elsewhere."""
+"""Progress on stderr. A download bar: one line redrawn on a terminal, a line every quarter elsewhere."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
+from collections.abc import Callable
 
 from edgert.download import Reporter, size_text
 
@@ -62,3 +63,30 @@ class Bar(Reporter):
         if total:
             return f"{100 * done // total:3d} % of {size_text(total)}"
         return size_text(done)
+
+
+class Steps:
+    """A line on stderr for each step of the work, with its percentage on a terminal."""
+
+    def __call__(self, what: str, total: int) -> Callable[[int], None]:
+        began, done, shown = time.monotonic(), 0, 0.0
+        terminal = sys.stderr.isatty()
+
+        def progress(n: int) -> None:
+            nonlocal done, shown
+            done += n
+            now = time.monotonic()
+            whole = done >= total
+            if terminal and (whole or now - shown > 0.1):
+                shown = now
+                end = "\n" if whole else ""
+                print(
+                    f"\r\x1b[Kedgert: {what}: {min(1, done / total):.0%}, {now - began:.0f} s",
+                    end=end,
+                    file=sys.stderr,
+                    flush=True,
+                )
+            elif whole and not terminal:
+                print(f"edgert: {what}: {now - began:.1f} s", file=sys.stderr)
+
+        return progress

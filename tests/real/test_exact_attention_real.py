@@ -1,4 +1,5 @@
-"""Exact attention on real weights: 100 sequences of 64 tokens after 4,000 to 8,000 are full attention's."""
+"""Exact attention on real weights: 100 sequences of 64 tokens after 4,000 to 8,000 have the tokens of full
+attention."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from conftest import real_model
-from edgert.bench.sparse_check import text
+from edgert.bench.eval_texts import make_documents
 
 from edgert.model import load
 
@@ -18,16 +19,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 @pytest.mark.parametrize("kv", ["f16", "q8"])
 def test_exact_attention_is_full_attention(kv: str, report: Callable[..., None]) -> None:
-    """A prompt is the beginning of the one before, which both sessions hold: they are rewound, not read.
-    Every other sequence is drawn, the others are greedy."""
+    """A prompt is the beginning of the one before, which both sessions hold: they are rewound, not read
+    again. Every other sequence is drawn, the others are greedy."""
     path = real_model("smollm2-135m")
     differ, drafts, agreed, passes = 0, 0, 0, 0
     with (
         load(path, kv=kv, head="dense", context=8192) as full,
         load(path, kv=kv, head="dense", context=8192, attention="exact") as exact,
     ):
-        for source in ("prose", "code"):
-            ids = full.encode(text(source))
+        documents = {d.source: d.tokens for d in make_documents(full.tokenizer, LENGTHS[0])}
+        for source, ids in documents.items():
             with full.session() as one, exact.session() as other:
                 for i in range(SEQUENCES // 2):
                     length = LENGTHS[i * len(LENGTHS) // (SEQUENCES // 2)] - i % 10 * APART
