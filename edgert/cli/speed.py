@@ -57,9 +57,8 @@ def bytes_per_token(model: Model, stats: Stats, planned: Plan | None = None) -> 
     steps = (_planned(model, stats, "sparse") or planned) if exact else planned
     step = sum(step.bytes for step in steps.decode if step.name == "attention")
     if exact:
-        return float(weights) + (stats.drafts * step + stats.passes * full) / max(
-            stats.generated_tokens - 1, 1
-        )
+        read = stats.drafts * step + stats.passes * full
+        return float(weights) + read / max(stats.generated_tokens - 1, 1)
     return float(weights) + step
 
 
