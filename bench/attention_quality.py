@@ -4,7 +4,8 @@ time.
 Every budget goes on from one state, since a document is read in full whatever the budget. What is measured,
 a lookup's question included, is read in steps of one token: a step is what selects. Full attention has the
 same bits in a pass and in steps, so it takes text in passes but for the steps that are timed, which all
-settings take in turns.
+settings take in turns. With a tier the sequences of the budgets have some pages on the disk; full attention
+has all in memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from edgert.bench.lookups import Question, Series
 
 from edgert import _native
 from edgert.engines.native import CHUNK
+from edgert.tier import IN_MEMORY, Tier
 from edgert.tokenizer import Tokenizer
 
 Rows = npt.NDArray[np.float32]
@@ -30,6 +32,7 @@ Stage = Callable[[str, int], Progress]  # takes a stage's name and how much ther
 
 BLOCK = 64  # positions of which full attention's logits are held; also the batches of the standard error
 TIMED = 128  # last positions of a document, in steps that take turns
+TURN = 16  # steps of a turn: in the first of them a disk may read for nothing, while the others are at work
 FULL = 0  # the budget that stands for full attention
 
 
@@ -124,6 +127,23 @@ class Quality:
     seconds: list[float] = field(default_factory=list)  # of steps that took turns with the other budgets'
     texts: dict[str, Text] = field(default_factory=dict)
     lookups: dict[str, Lookups] = field(default_factory=dict)
+    disk_steps: int = 0  # of text, those that were timed left out
+    disk_bytes: int = 0  # that they read
+    disk_seconds: float = 0.0  # of reading, of which a step waited for
+    waited_seconds: float = 0.0
+
+    @property
+    def hidden(self) -> float | None:
+        """The share of the time of reading in which no step waited; None where nothing was read."""
+        return 1 - self.waited_seconds / self.disk_seconds if self.disk_seconds else None
+
+    def add_disk(self, steps: int, before: dict[str, float], after: dict[str, float]) -> None:
+        """``before`` and ``after``: what a tier had done, see Cache.tier."""
+        self.disk_steps += steps
+        self.disk_bytes += int(after["bytes_read"] - before["bytes_read"])
+        self.disk_seconds += after["read_seconds"] - before["read_seconds"]
+        self.waited_seconds += after["waited_seconds"] - before["waited_seconds"]
+        self.kv_bytes["disk"] = round(self.disk_bytes / self.disk_steps)
 
     def add_text(self, source: str, text: Text) -> None:
         self.texts[source] = self.texts.get(source, Text()).join(text)
@@ -153,12 +173,19 @@ class Quality:
 class AttentionQuality:
     """Measures ``budgets`` beside full attention on sequences of at most ``context`` tokens. ``qualities``
     are full attention's and those of the budgets, in their order. ``core`` and ``tokenizer`` are a loaded
-    model's."""
+    model's. ``tier``: where the budgets' keys and values lie."""
 
     def __init__(
-        self, core: _native.Model, tokenizer: Tokenizer, context: int, kv: str, budgets: Sequence[int]
+        self,
+        core: _native.Model,
+        tokenizer: Tokenizer,
+        context: int,
+        kv: str,
+        budgets: Sequence[int],
+        tier: Tier = IN_MEMORY,
     ) -> None:
         self._core, self._tokenizer, self._context, self._kv = core, tokenizer, context, kv
+        self._tier = tier
         self.qualities = [Quality(budget) for budget in (FULL, *budgets)]
 
     def score(self, document: Document, positions: int, begin: Stage) -> None:
@@ -174,6 +201,7 @@ class AttentionQuality:
         del state
         texts = [Text() for _ in sequences]
         timed = start + positions - min(positions, TIMED)
+        disks = [s.disk for s in sequences]
         for at in [*range(start, timed, BLOCK), *range(timed, start + positions, BLOCK)]:
             end = at + BLOCK if at >= timed else min(at + BLOCK, timed)
             block, targets = tokens[at : min(end, start + positions)], tokens[at + 1 : end + 1]
@@ -181,17 +209,22 @@ class AttentionQuality:
             for text, logits in zip(texts, rows, strict=True):
                 text.add(rows[0], logits, targets)
             progress(len(block) * len(sequences))
+            if end == timed:
+                for quality, before, sequence in zip(self.qualities, disks, sequences, strict=True):
+                    if before is not None and sequence.disk is not None:
+                        quality.add_disk(timed - start, before, sequence.disk)
         for quality, text in zip(self.qualities, texts, strict=True):
             quality.add_text(document.source, text)
 
     def _take_turns(self, sequences: Sequence[_Sequence], block: Sequence[int]) -> list[Rows]:
         """The logits that each sequence gives to a block. Every other turn goes backwards."""
         rows: list[list[Rows]] = [[] for _ in sequences]
-        for i in range(len(block)):
-            for n in range(len(sequences))[:: 1 if i % 2 else -1]:
-                began = time.perf_counter()
-                rows[n].append(sequences[n].step(block[i]))
-                self.qualities[n].seconds.append(time.perf_counter() - began)
+        for at in range(0, len(block), TURN):
+            for n in range(len(sequences))[:: 1 if at // TURN % 2 else -1]:
+                for token in block[at : at + TURN]:
+                    began = time.perf_counter()
+                    rows[n].append(sequences[n].step(token))
+                    self.qualities[n].seconds.append(time.perf_counter() - began)
         return [np.stack(one) for one in rows]
 
     def ask(self, series: Series, begin: Stage) -> None:
@@ -229,13 +262,14 @@ class AttentionQuality:
         return self._tokenizer.decode(reply)
 
     def _sequence(self, budget: int, state: bytes | None = None) -> _Sequence:
-        return _Sequence(
-            _native.Cache(self._core, self._context, self._kv, budget), self._core, budget == FULL, state
-        )
+        tier = IN_MEMORY if budget == FULL else self._tier
+        cache = _native.Cache(self._core, self._context, self._kv, budget, *tier)
+        return _Sequence(cache, self._core, budget == FULL, state)
 
     def _reader(self, state: bytes | None = None) -> _Sequence:
         """Full attention that can save states for every budget, at other speeds."""
-        return _Sequence(_native.Cache(self._core, self._context, self._kv, 1), self._core, True, state)
+        cache = _native.Cache(self._core, self._context, self._kv, 1, *self._tier)
+        return _Sequence(cache, self._core, True, state)
 
 
 class _Sequence:
@@ -247,6 +281,11 @@ class _Sequence:
     @property
     def length(self) -> int:
         return self._cache.length
+
+    @property
+    def disk(self) -> dict[str, float] | None:
+        """What its tier has done, if it has one."""
+        return self._cache.tier
 
     def read(self, tokens: Sequence[int], progress: Progress) -> None:
         """Append tokens as a prompt, which is read in full."""

@@ -20,7 +20,9 @@ def markdown(facts: dict[str, Any], qualities: Sequence[Quality]) -> str:
         "# Sparse attention against full attention",
         "",
         f"`edgert eval attention`: {facts['model']} (SHA-256 {facts['model_sha256'][:12]}…), "
-        f"{facts['context']:,} tokens, {facts['kv']} keys and values. {facts['cpu']}, "
+        f"{facts['context']:,} tokens, {facts['kv']} keys and values"
+        + (f", {facts['pages_in_memory']:,} pages of 16 tokens in memory" if facts["pages_in_memory"] else "")
+        + f". {facts['cpu']}, "
         f"{facts['threads']} threads, edgert "
         f"{facts['edgert']} build {facts['edgert_build']} ({facts['edgert_isa']}), {facts['date']}.",
     ]
@@ -38,6 +40,7 @@ def to_dict(qualities: Sequence[Quality]) -> list[dict[str, Any]]:
             "attention": "sparse" if q.budget else "full",
             "budget": q.budget,
             "kv_bytes_per_step": q.kv_bytes,
+            "disk_time_hidden": q.hidden,
             "step_seconds": q.step_seconds,
             "text": {source: _text_fields(text) for source, text in _with_all(q.texts, q.text)},
             "lookups": {kind: vars(counts) for kind, counts in _with_all(q.lookups, q.lookup)},
@@ -99,11 +102,20 @@ def _text_fields(text: Text) -> dict[str, float]:
 
 
 def _megabytes(quality: Quality) -> float:
-    return sum(quality.kv_bytes.values()) / 1e6
+    return quality.kv_bytes["memory"] / 1e6
 
 
 def _milliseconds(quality: Quality) -> str:
     return "" if quality.step_seconds is None else f"{1e3 * quality.step_seconds:.2f} ms"
+
+
+def _disk(quality: Quality, disk: bool) -> list[str]:
+    """What a step reads of the disk, and how much of the time that takes is hidden."""
+    if not disk:
+        return []
+    if quality.hidden is None:
+        return ["", ""]
+    return [f"{quality.kv_bytes['disk'] / 1e6:.2f} MB", f"{quality.hidden:.0%}"]
 
 
 def _name(quality: Quality) -> str:
@@ -117,11 +129,12 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _texts(qualities: Sequence[Quality]) -> list[str]:
     first = qualities[0]
+    disk = any("disk" in quality.kv_bytes for quality in qualities)
     rows = []
     for quality in qualities:
         time, full_time = quality.step_seconds, first.step_seconds
         faster = f"{full_time / time:.2f}" if time and full_time else ""
-        beside = [f"{_megabytes(quality):.1f} MB", _milliseconds(quality), faster]
+        beside = [f"{_megabytes(quality):.1f} MB", *_disk(quality, disk), _milliseconds(quality), faster]
         for source, text in _with_all(quality.texts, quality.text):
             kl = agreement = change = ""
             if quality.budget != FULL:
@@ -136,7 +149,8 @@ def _texts(qualities: Sequence[Quality]) -> list[str]:
         "",
         *_table(
             [
-                *("attention", "KV a step", "a step", "times faster", "text", "positions", "KL"),
+                *("attention", "KV a step", *(("from disk", "hidden") if disk else ())),
+                *("a step", "times faster", "text", "positions", "KL"),
                 *("same likeliest token", "perplexity", "change"),
             ],
             rows,

@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv", default="f16", metavar="TYPE,…", help="of the keys and values, f16 or q8; default: f16"
     )
     parser.add_argument(
+        "--attention", default="full", metavar="NAME,…", help="full, sparse, exact; default: full"
+    )
+    parser.add_argument(
         "--peer",
         action="append",
         metavar="NAME,…",

@@ -79,12 +79,20 @@ def pair(a: Sequence[Row], b: Sequence[Row]) -> tuple[list[Pair], list[Row], lis
     left, right = list(a), list(b)
     for key in (KEY, KEY[:-1]):
         for row in list(left):
-            match = next((r for r in right if all(r[k] == row[k] for k in key)), None)
+            match = next((r for r in right if _attention(r) == _attention(row) and _same(key, r, row)), None)
             if match is not None:
                 left.remove(row)
                 right.remove(match)
                 pairs.append(Pair(row, match, ratio(match["samples_ts"], row["samples_ts"])))
     return pairs, left, right
+
+
+def _same(key: Sequence[str], a: Row, b: Row) -> bool:
+    return all(a[k] == b[k] for k in key)
+
+
+def _attention(row: Row) -> Any:
+    return row.get("attention", "full")  # rows written before there was another say nothing
 
 
 def warnings(pairs: Sequence[Pair]) -> Iterator[str]:
@@ -122,7 +130,12 @@ def compare(a: Path, b: Path, output: str) -> str:
 
 
 def _record(p: Pair) -> Row:
-    return {**{k: p.b[k] for k in KEY}, **asdict(p.ratio), "verdict": p.ratio.verdict}
+    return {
+        **{k: p.b[k] for k in KEY},
+        "attention": _attention(p.b),
+        **asdict(p.ratio),
+        "verdict": p.ratio.verdict,
+    }
 
 
 def _line(p: Pair) -> str:

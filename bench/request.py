@@ -13,6 +13,7 @@ from edgert.bench.suite import CHECKED, Request
 from edgert.bench.text import prose
 
 from edgert import _native
+from edgert.attention import ATTENTIONS
 from edgert.engines import KV_TYPES
 from edgert.errors import EngineError, UsageError
 from edgert.locate import find_sidecar
@@ -72,13 +73,15 @@ def make_request(args: argparse.Namespace, model: Path) -> Request:
     threads = numbers("-t", args.threads, 1, MOST_THREADS) if args.threads else [_default_threads()]
     kvs = [known("--kv", kv, KV_TYPES) for kv in words("--kv", args.kv)]
     heads = _heads(args.head, model)
+    attentions = [known("--attention", a, ATTENTIONS) for a in words("--attention", args.attention)]
     peers = [peer for word in args.peer or () for peer in words("--peer", word)]
     file = _native.GgufFile(str(model))
     _check_context(file, tests)
-    reference = Setting("edgert", str(model), "dense", kvs[0], head_type(file))
+    reference = Setting("edgert", str(model), "dense", kvs[0], variant=head_type(file))
     settings = [
-        Setting("edgert", str(model), head, kv, reference.variant if head == "dense" else "")
+        Setting("edgert", str(model), head, kv, attention, reference.variant if head == "dense" else "")
         for kv in kvs
+        for attention in attentions
         for head in heads
     ]
     settings += [setting for peer in peers for setting in _peer(peer, model)]

@@ -48,6 +48,7 @@ def make_row(
         "head": setting.head,
         "variant": setting.variant,
         "kv": setting.kv,
+        "attention": setting.attention,
         "threads": facts.threads,
         "n_prompt": test.prompt,
         "n_gen": test.generate,
@@ -121,9 +122,11 @@ def _warnings(facts: Facts) -> list[str]:
 
 
 def relate(rows: Sequence[dict[str, Any]]) -> None:
-    """Add to the rows of one test how many times as fast they are as edgert's dense head, and as the
-    peer's better setting: medians of the ratios turn by turn, in which the machine's speed drops out."""
-    dense = next((r for r in rows if r["engine"] == "edgert" and r["head"] == "dense"), None)
+    """Add to the rows of one test how many times as fast they are as edgert's dense head with full
+    attention, and as the peer's better setting: medians of the ratios turn by turn, in which the machine's
+    speed drops out."""
+    plain = ("edgert", "dense", "full")
+    dense = next((r for r in rows if (r["engine"], r["head"], r["attention"]) == plain), None)
     peers = [r for r in rows if r["engine"] != "edgert"]
     peer = max(peers, key=lambda r: float(r["median_ts"])) if peers else None
     for row in rows:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from edgert import _native
+from edgert.cost import kv_bytes
 from edgert.engines import llamacpp
 from edgert.engines.base import Logits
-from edgert.engines.native import NativeSession
+from edgert.engines.native import NativeEngine, NativeSession
 from edgert.exact import Exact, make_exact
 from edgert.model import load
 
@@ -81,15 +82,31 @@ class Stepper:
 
 
 class Native(Stepper):
-    """One session of the native engine, with one of its heads."""
+    """One session of the native engine, with one of its heads and modes of attention."""
 
-    def __init__(self, path: Path, threads: int, context: int, head: str = "dense", kv: str = "f16") -> None:
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        context: int,
+        head: str = "dense",
+        kv: str = "f16",
+        attention: str = "full",
+    ) -> None:
         self.label = "edgert"
         # With the tokenizer, so that the memory of the process is that of a program that answers.
-        self._model = load(path, engine="native", threads=threads, context=max(context, 2), kv=kv, head=head)
-        self.engine = self._model.engine
-        self.session = cast(NativeSession, self.engine.session(context))
-        self._head = head
+        self._model = load(
+            path,
+            engine="native",
+            threads=threads,
+            context=max(context, 2),
+            kv=kv,
+            head=head,
+            attention=attention,
+        )
+        self.engine = cast(NativeEngine, self._model.engine)
+        self.session = self.engine.session(context)
+        self._head, self._attention = head, attention
         self._exact: Exact | None = None
         self._forgets, self._state = False, cast("bytes | None", None)
 
@@ -103,13 +120,12 @@ class Native(Stepper):
         return int(self.session.step(token).argmax())
 
     def generate(self, token: int, n: int) -> list[int]:
-        if self._head != "exact":
-            return super().generate(token, n)
         sampler = _native.Sampler(self.engine.vocab_size)
-        # Of a session the exact head uses what the engine's own offers too.
+        # Of a session the exact modes use what the engine's own offers too.
         session = cast("Session", self.session)
-        self._exact = exact = make_exact(session, sampler, attention="full", head=self._head)
-        assert exact is not None
+        self._exact = exact = make_exact(session, sampler, attention=self._attention, head=self._head)
+        if exact is None:
+            return super().generate(token, n)
         tokens = [token]
         while len(tokens) <= n:
             left = n + 1 - len(tokens)
@@ -134,13 +150,16 @@ class Native(Stepper):
         return True
 
     def step_bytes(self) -> int:
-        """Of the exact head: the weights that the tokens of the last :meth:`generate` cost on average; its
-        keys and values are counted once a token, those of rejected drafts are not."""
-        described = self.engine.describe()
+        """Of the exact modes: the weights that the tokens of the last :meth:`generate` cost on average, and
+        of exact attention its keys and values. Those of an exact head alone are counted once a token."""
+        described, step = self.engine.describe(), self.session.step_bytes
         weights = described["flash_bytes_per_step" if self._head == "flash" else "weight_bytes_per_step"]
-        if self._exact:
-            weights = self._exact.bytes_per_token(described) or weights
-        return int(weights) + self.session.step_bytes
+        if self._exact and (counts := self._exact.counts).tokens:
+            weights = self._exact.bytes_per_token(described)
+            if self._attention == "exact":
+                whole = kv_bytes(self.engine.spec, self.session.length, self._model.kv)
+                step = round((counts.drafts * step + counts.passes * whole) / counts.tokens)
+        return int(weights) + step
 
     def about(self) -> dict[str, Any]:
         return {"engine_version": version("edgert"), "isa": self.engine.describe()["isa"]}

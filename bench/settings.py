@@ -47,6 +47,7 @@ class Setting:
     source: str
     head: str = "dense"
     kv: str = "f16"
+    attention: str = "full"
     variant: str = ""
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -55,7 +56,13 @@ class Setting:
         name = ENGINES.get(self.engine, self.engine)
         head = self.head if self.engine == "edgert" else ""
         kv = f"kv {self.kv}" if self.kv != "f16" else ""
-        return " ".join(part for part in (name, head, self.variant, kv) if part)
+        attention = f"{self.attention} attention" if self.attention != "full" else ""
+        return " ".join(part for part in (name, head, self.variant, kv, attention) if part)
+
+    @property
+    def exact(self) -> bool:
+        """Drafts are confirmed, and the tokens are those of edgert's dense head with full attention."""
+        return "exact" in (self.head, self.attention) and self.head != "flash" and self.attention != "sparse"
 
 
 @dataclass(frozen=True)

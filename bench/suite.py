@@ -88,7 +88,12 @@ def _agreements(request: Request) -> dict[Setting, tuple[str, int, int]]:
             return tokens
 
     own = along(request.reference)
-    others = {s: along(s) for s in request.settings if s != request.reference and s.head != "exact"}
+    others = {
+        s: along(s)
+        for s in request.settings
+        # So short a text says nothing of sparse attention: `edgert eval attention` measures that.
+        if s != request.reference and s.head != "exact" and s.attention == "full"
+    }
     found = {
         setting: (request.reference.label, _same(own, tokens), len(own)) for setting, tokens in others.items()
     }
@@ -167,8 +172,8 @@ def _turn(crew: Sequence[Samples], test: Test, turn: int, energy: Energy) -> Non
 def _identical(
     request: Request, crew: Sequence[Samples], test: Test, threads: int
 ) -> dict[Setting, tuple[str, int, int]]:
-    """The exact heads' tokens against those that edgert's dense head generates."""
-    exact = [s for s in crew if s.worker.setting.head == "exact"]
+    """The exact modes' tokens against those that edgert's dense head generates with full attention."""
+    exact = [s for s in crew if s.worker.setting.exact]
     if not exact or not test.generate:
         return {}
     dense = next((s.last["tokens"] for s in crew if s.worker.setting == request.reference), None)

@@ -324,7 +324,7 @@ class Cache:
     def tier(self) -> dict | None:
         """
         Of the pages: how many there are, how many fit into memory and into the set of a step;
-        what was read, written and waited for. None without a tier.
+        what was read, written and waited for; whether the directory lies in memory. None without a tier.
         """
 
     @property

@@ -19,8 +19,7 @@ from .errors import ModelFileError, UnsupportedModelError, UsageError
 from .generate import Reply, Stream
 from .heads import check_head, choose_sidecar
 from .locate import model_path
-from .placement import check_memory
-from .placement import page_directory as placed_in
+from .placement import check_memory, make_tier
 from .planner import Case, check_context, choose_context
 from .session import Message, Prompt, Session, finish
 
@@ -41,6 +40,7 @@ def load(
     budget: int = 0,
     memory: int | None = None,
     page_directory: str | PathLike[str] | None = None,
+    page_limit: int | None = None,
 ) -> Model:
     """Load a model.
 
@@ -58,8 +58,9 @@ def load(
     index finds worth it, beside the first and the latest ones; prompts are read in full; or "exact", which
     drafts with such steps and gives the tokens of full attention. ``memory``: the most bytes the process may
     take with one session, whatever its context; with sparse or exact attention keys and values that do not
-    fit go to a file in ``page_directory`` (None: in edgert's cache), and a step chooses among those in
-    memory, which change with what the tokens before it looked for. Raises UsageError, ModelFileError,
+    fit go to a file in ``page_directory`` (None: in edgert's cache) of at most ``page_limit`` bytes (None: as
+    many as it takes), and a step chooses among those in memory, which change with what the tokens before it
+    looked for. Raises UsageError, ModelFileError,
     UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
     model with a session of ``context`` does not fit the memory there is.
     """
@@ -81,7 +82,7 @@ def load(
     metadata = file.metadata
     tokenizer = _TokenizerLoader(metadata)
     tokenizer.start()
-    tier = (slots, placed_in(page_directory)) if slots else (0, "")
+    tier = make_tier(slots, page_directory, page_limit)
     loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier)
     if head == "auto":
         head = "flash" if sidecar and loaded.name == "native" else "dense"

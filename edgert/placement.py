@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .errors import UsageError
 from .locate import cache_dir
+from .tier import IN_MEMORY, Tier
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -49,6 +50,13 @@ def place(case: Case, context: int, available: int) -> Case:
     return tiered(low)
 
 
-def page_directory(directory: str | PathLike[str] | None) -> str:
-    """Where the files of pages are made: ``directory``, or one in edgert's cache."""
-    return str(cache_dir() / "pages" if directory is None else Path(directory))
+def make_tier(slots: int, directory: str | PathLike[str] | None, limit: int | None) -> Tier:
+    """Where keys and values lie: ``slots`` pages (0: all) in memory, the others in a file of at most
+    ``limit`` bytes (None: as many as it takes) in ``directory`` (None: one in edgert's cache). Raises
+    UsageError for a bad limit."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0):
+        raise UsageError(f"page_limit must be a number of bytes above 0, not {limit!r}")
+    if not slots:
+        return IN_MEMORY
+    place = cache_dir() / "pages" if directory is None else Path(directory)
+    return Tier(slots, str(place), IN_MEMORY.disk_bytes if limit is None else limit)

@@ -343,6 +343,7 @@ class Case:
 
     def remedies(self, context: int, available: int) -> tuple[Remedy, ...]:
         """What to change when ``context`` tokens do not fit, what saves most first; none when they do."""
+        from .attention import DEFAULT_BUDGET
         from .cost import KV_CHANNELS
         from .engines import KV_TYPES
 
@@ -364,6 +365,16 @@ class Case:
                 continue
             if (saves := needed - replace(self, kv=kv).needed(context)) > 0:
                 found.append((f"keys and values in {kv} (--kv {kv})", saves))
+        if not self.slots:
+            sparse = self if self.chosen else replace(self, chosen=DEFAULT_BUDGET, attention="sparse")
+            if (on_disk := place(sparse, context, available)).slots:
+                found.append(
+                    (
+                        f"sparse attention with keys and values on the disk (--attention {sparse.attention} "
+                        f"--memory {available})",
+                        needed - on_disk.needed(context),
+                    )
+                )
         if self.sidecar:
             saves = self.sizes.weights()["flash_head"] + self._logits() - 4 * self.spec.vocab_size
             found.append(("the dense head without its sidecar (--head dense)", saves))

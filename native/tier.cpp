@@ -122,20 +122,24 @@ void Tier::want() {
 
 void Tier::rewind(uint32_t pages, uint32_t indexed) {
   if (pages >= store_.pages() && indexed >= sealed_) return;
-  // No page of the set need stay: slots may be short until the last pages are gone.
-  store_.want(nullptr, 0);
-  stale_ = true;
-  uint32_t open = indexed;
-  try {
-    for (; open < std::min(sealed_, pages); ++open) store_.reopen(open);
-  } catch (...) {
-    while (open-- > indexed) store_.seal(open);
-    throw;
+  if (indexed < sealed_) {
+    // Of the set only the first page must stay: slots may be short until the last pages are gone.
+    const uint32_t first = 0;
+    store_.want(&first, 1);
+    stale_ = true;
+    uint32_t open = indexed;
+    try {
+      for (; open < std::min(sealed_, pages); ++open) store_.reopen(open);
+    } catch (...) {
+      while (open-- > indexed) store_.seal(open);
+      throw;
+    }
   }
   store_.rewind(pages);
   readable_.resize(pages);
   worth_.resize(pages);
-  sealed_ = std::min(sealed_, indexed);
+  if (indexed >= sealed_) return;
+  sealed_ = indexed;
   std::fill(readable_.begin() + sealed_, readable_.end(), 0);
   entering_.clear();
   in_set_ = sealed_ ? uint32_t(std::count(readable_.begin() + 1, readable_.begin() + sealed_, 1)) : 0;
@@ -215,7 +219,8 @@ void Tier::restore(const std::string& state) {
     if (in_set[page] == kEnters) entering_.push_back(page);
     in_set_ += page > 0 && in_set[page] != 0;
   }
-  stale_ = state.back() != 0 || in_set_ > capacity_;
+  // A set of other capacity is chosen anew.
+  stale_ = state.back() != 0 || in_set_ != std::min(capacity_, sealed_ - std::min(sealed_, 1u));
   want();
 }
 

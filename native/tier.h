@@ -3,8 +3,8 @@
 // One set of pages serves all layers and heads of a step, so that a page is one large read. Inside the set
 // the index chooses for each KV head (sparse.h). What a page is worth is the sum over all heads and
 // layers of the share they would give its best token, as the scan of the index, itself in memory for all pages,
-// says at every step; it fades with time. The set of a step is known a step before: pages that enter are read while a step
-// runs that may not read them yet. So the set depends on the tokens alone, never on the speed of a disk.
+// says at every step; it fades with time. The set of a step is known a step before: pages that enter are read
+// while a step runs that may not read them yet. So the set depends on the tokens alone, never on the speed of a disk.
 //
 // Always in memory are the first page and those behind the index. A pass over several tokens reads every page, layer
 // by layer: those that are not in memory go through two buffers.
@@ -63,7 +63,7 @@ class Tier {
     return buffer_.data() + (page / kBufferPages % 2 * kBufferPages + page % kBufferPages) * section_bytes_;
   }
 
-  // For a saved cache. copy() gives all of a page, wherever it lies; save() the choice among the first `pages` as bytes.
+  // For a saved cache. copy() gives all of a page, wherever it lies; save() the choice among the first `pages`.
   void copy(uint32_t page, uint8_t* dst);
   std::string save(uint32_t pages) const;
   // And back, into an empty one: append() is the place of the next page; appended() says that it is complete, and whether
@@ -88,7 +88,7 @@ class Tier {
   std::optional<PageStore::SectionReads> batches_[2];
   std::exception_ptr failure_;
   std::vector<uint8_t> readable_;  // by page: in the set
-  std::vector<float> worth_;     // by page
+  std::vector<float> worth_;       // by page
   std::vector<uint32_t> entering_, order_, wanted_;
   uint32_t sealed_ = 0;  // pages with an index
   uint32_t in_set_ = 0;  // pages in the set or about to enter, beside the first

@@ -68,6 +68,21 @@ def rows(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
     return found
 
 
+def test_modes_of_attention(model: Path) -> None:
+    small = ("-p", 0, "-n", 12, "-d", 4, "-t", 2, "-r", REPETITIONS, "--head", "dense,exact")
+    done = edgert("bench", model, *small, "--attention", "full,sparse,exact", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["label"]: row for row in json.loads(done.stdout)}
+    dense = rows["edgert dense Q4_0"]
+    assert dense["attention"] == "full" and dense["times_dense"] is None
+    sparse = rows["edgert dense Q4_0 sparse attention"]
+    assert sparse["attention"] == "sparse" and sparse["times_dense"] > 0 and sparse["agreement"] is None
+    for head in ("dense Q4_0", "exact"):
+        exact = rows[f"edgert {head} exact attention"]
+        assert exact["same"] == exact["compared"] == 12
+        assert exact["bytes_per_token"] > sparse["bytes_per_token"] / 2
+
+
 def test_rows_of_every_head_and_peer(rows: list[dict[str, Any]]) -> None:
     assert [(r["test"], r["label"]) for r in rows] == [
         *(("pp8 @ d4", label) for label in LABELS),

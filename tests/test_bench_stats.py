@@ -65,6 +65,13 @@ def written(path: Path, rows: list[Any], lines: bool = False) -> Path:
     return path
 
 
+def test_sparse_attention_is_no_pair_of_full_attention(tmp_path: Path) -> None:
+    a = written(tmp_path / "a.json", [row()])  # of a version that knew full attention alone
+    b = written(tmp_path / "b.json", [row(attention="sparse", rates=(150.0, 151.0)), row(attention="full")])
+    lines = compare(a, b, "md").splitlines()
+    assert "| 1.000 |" in lines[2] and not any("150" in line for line in lines[:3])
+
+
 def test_compare_says_what_changed(tmp_path: Path) -> None:
     a = written(tmp_path / "a.json", [row(), row("pp512"), row("tg64")])
     b = written(tmp_path / "b.jsonl", [row("pp512"), row(rates=(150.0, 151.0, 149.0, 150.0))], lines=True)

@@ -19,6 +19,7 @@ from tiny_models import prompt, tiny
 from edgert import _native
 from edgert.errors import UsageError
 from edgert.model import load
+from edgert.tier import Tier
 from edgert.tokenizer import Tokenizer
 
 CONTEXT = 1024
@@ -76,6 +77,21 @@ def test_text_is_scored_as_steps_give_it(name: str) -> None:
     assert found.text.agreement == (full.argmax(-1) == sparse.argmax(-1)).mean()
     assert everything.text.kl < kl / 4
     assert [len(q.seconds) for q in quality.qualities] == [TIMED] * 3
+
+
+def test_what_comes_from_the_disk_is_counted(tmp_path: Path) -> None:
+    made, positions = tiny("llama"), TIMED + 40
+    file = _native.GgufFile(str(made.path))
+    core = _native.Model(file, made.spec.as_dict(), 2)
+    tokenizer = Tokenizer.from_gguf(file.metadata)
+    document = Document("prose", prompt(made, 1900))
+    quality = AttentionQuality(core, tokenizer, 2048, "f16", [64], Tier(75, str(tmp_path)))
+    quality.score(document, positions, quiet)
+    full, sparse = quality.qualities
+    assert (full.disk_steps, full.hidden) == (0, None)
+    assert sparse.disk_steps == positions - TIMED and sparse.disk_bytes > 0
+    assert sparse.kv_bytes["disk"] == round(sparse.disk_bytes / sparse.disk_steps)
+    assert sparse.hidden is not None and sparse.hidden <= 1
 
 
 def test_an_answer_is_a_whole_word_at_once_or_in_a_chat_anywhere() -> None:

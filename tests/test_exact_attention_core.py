@@ -24,6 +24,7 @@ from edgert.engines.native import NativeEngine
 from edgert.heads import LONGEST, choose_sidecar
 from edgert.locate import sidecar_path
 from edgert.model import Model
+from edgert.tier import IN_MEMORY, Tier
 from edgert.tokenizer import Tokenizer
 
 BUDGET = 8  # so few that drafts are often wrong
@@ -44,7 +45,7 @@ def kv_types(name: str) -> list[str]:
     return ["f16"] if tiny(name).spec.head_dim % 32 else ["f16", "q8"]
 
 
-def open_model(base: Path, kv: str, head: str, attention: str, tier: tuple[int, str] = (0, "")) -> Model:
+def open_model(base: Path, kv: str, head: str, attention: str, tier: Tier = IN_MEMORY) -> Model:
     """As ``load`` does, with a context that is longer than tiny models were made for."""
     chosen = choose_budget(attention, BUDGET if attention == "exact" else 0, "native")
     file = _native.GgufFile(str(base))
@@ -145,7 +146,7 @@ def test_with_keys_and_values_on_the_disk(name: str, tmp_path: Path) -> None:
     """Drafts read what is in memory, blocks all that there is; going back brings pages back from the disk."""
     path, slots = tiny(name).path, 70
     full = open_model(path, "f16", "dense", "full")
-    exact = open_model(path, "f16", "dense", "exact", (slots, str(tmp_path)))
+    exact = open_model(path, "f16", "dense", "exact", Tier(slots, str(tmp_path)))
     with full, exact, exact.session() as session:
         for i, (length, options) in enumerate(zip([1500, 1900, 1300], OPTIONS.values(), strict=False)):
             ids = prompt(tiny(name), length, i // 2)

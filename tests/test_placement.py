@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import real_model
 
 import edgert
-from edgert.errors import PlanError, UsageError
+from edgert.errors import EngineError, PlanError, UsageError
 from edgert.planner import plan
 
 LIMIT = 250 << 20
@@ -27,6 +29,13 @@ status = open("/proc/self/status").read()
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({"tokens": reply.tokens, "tier": tier, "peak": peak}))
 """
+
+
+@pytest.fixture
+def on_disk() -> Iterator[Path]:
+    """Where tmp_path may lie in memory."""
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent.parent / "build") as directory:
+        yield Path(directory)
 
 
 def run(limit: int, directory: Path) -> dict[str, object]:
@@ -51,12 +60,36 @@ def test_a_plan_puts_pages_on_the_disk_only_where_they_do_not_fit() -> None:
     assert full.slots == 0 and not full.fits
 
 
-def test_a_run_stays_below_its_limit(tmp_path: Path) -> None:
-    placed = run(LIMIT, tmp_path)
+def test_a_plan_that_does_not_fit_names_the_disk() -> None:
+    (found,) = [r for r in plan(real_model("smollm2-135m"), memory=LIMIT).remedies if "on the disk" in r.text]
+    assert found.enough and f"--attention sparse --memory {LIMIT}" in found.text
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a directory that is known to lie in memory")
+def test_pages_in_memory_save_none() -> None:
+    path = real_model("smollm2-135m")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as here:
+        model = edgert.load(path, attention="sparse", memory=LIMIT, page_directory=here)
+        with model, pytest.raises(EngineError, match="lies in memory"):
+            model.session()
+
+
+def test_the_file_may_be_limited(on_disk: Path) -> None:
+    where = {"page_directory": on_disk, "page_limit": 10**7}
+    with (
+        edgert.load(real_model("smollm2-135m"), attention="sparse", memory=LIMIT, **where) as model,
+        model.session() as session,
+        pytest.raises(EngineError, match="may not outgrow 9 MiB"),
+    ):
+        session.generate(list(range(100, 6100)), max_tokens=8)
+
+
+def test_a_run_stays_below_its_limit(on_disk: Path) -> None:
+    placed = run(LIMIT, on_disk)
     tier = placed["tier"]
     assert isinstance(tier, dict) and tier["bytes_read"] > 0
     assert isinstance(placed["peak"], int) and placed["peak"] <= LIMIT
-    assert not any(tmp_path.iterdir())
+    assert not any(on_disk.iterdir())
 
 
 def test_what_cannot_fit_is_refused(tmp_path: Path) -> None:
@@ -73,5 +106,7 @@ def test_bad_limits() -> None:
     for memory in (0, -1, True, "512MiB"):
         with pytest.raises(UsageError, match="memory must be"):
             edgert.load(path, memory=memory)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="page_limit"):
+        edgert.load(path, attention="sparse", memory=LIMIT, page_limit=0)
     with pytest.raises(UsageError, match="native engine"):
         edgert.load(path, engine="llamacpp", memory=1 << 30)

@@ -141,6 +141,33 @@ def test_rewinding_brings_pages_back(model: _native.Model, ids: Ids, tmp_path: P
     np.testing.assert_array_equal(read(model, tiered, ids[start:]), read(model, plain, ids[start:]))
 
 
+def test_far_back_with_the_fewest_slots(model: _native.Model, ids: Ids, tmp_path: Path) -> None:
+    """The pages whose index goes fill all slots but that of the first page, which every pass needs."""
+    first, last, back = 255, 2047, 639  # where the most pages have no index: after a pass, and to go back to
+    tiered, plain = cache(model, tmp_path, slots=71), _native.Cache(model, 4096, "f16", 0)
+    for c in (tiered, plain):
+        read(model, c, ids[:first])
+        read(model, c, ids[first:last])
+        if c.rewind(back) != back:
+            assert c.rewind(0) == 0
+            read(model, c, ids[:back])
+    more = ids[back : back + 300]
+    np.testing.assert_array_equal(read(model, tiered, more), read(model, plain, more))
+    assert np.isfinite(steps(model, tiered, ids[:3])).all()
+
+
+def test_a_session_of_another_budget_is_chosen_anew(model: _native.Model, ids: Ids, tmp_path: Path) -> None:
+    small = cache(model, tmp_path)
+    read(model, small, ids[:LENGTH])
+    steps(model, small, ids[LENGTH : LENGTH + 2])
+    slots = 110
+    wide = _native.Cache(model, 4096, "f16", 640, slots=slots, directory=str(tmp_path))
+    wide.load(small.save())
+    logits = steps(model, wide, ids[LENGTH + 2 : LENGTH + 5])
+    assert np.isfinite(logits).all()
+    assert tier(wide)["pages_read"] > 0
+
+
 def test_too_few_slots_are_refused(model: _native.Model, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="needs memory for 71 pages"):
         cache(model, tmp_path, slots=70)

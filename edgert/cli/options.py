@@ -51,15 +51,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add_attention(load)
-    load.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="the most to take, as 512MiB: with sparse or exact attention keys and values that do not fit go "
-        "to the disk; default: what is there",
-    )
-    load.add_argument(
-        "--page-directory", metavar="DIR", help="where they go; default: a directory in edgert's cache"
-    )
+    add_memory(load)
 
     make = parser.add_argument_group("generation")
     make.add_argument("--system", metavar="TEXT", help="system message that precedes the conversation")
@@ -87,6 +79,30 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
+
+
+def add_memory(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="the most to take, as 512MiB: with sparse or exact attention keys and values that do not fit go "
+        "to the disk; default: what is there",
+    )
+    parser.add_argument(
+        "--page-directory", metavar="DIR", help="where they go; default: a directory in edgert's cache"
+    )
+    parser.add_argument(
+        "--page-limit", metavar="SIZE", help="the most they may take there; default: as much as it takes"
+    )
+
+
+def memory_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The words of :func:`add_memory` as arguments of :func:`edgert.load`. Raises UsageError."""
+    return {
+        "memory": None if args.memory is None else parse_size(args.memory),
+        "page_directory": args.page_directory,
+        "page_limit": None if args.page_limit is None else parse_size(args.page_limit),
+    }
 
 
 def add_attention(parser: argparse._ActionsContainer) -> None:
@@ -164,8 +180,7 @@ def load_model(args: argparse.Namespace) -> Model:
             probes=args.probes,
             attention=args.attention,
             budget=args.budget,
-            memory=None if args.memory is None else parse_size(args.memory),
-            page_directory=args.page_directory,
+            **memory_options(args),
         )
     finally:
         if terminal:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgert import _native
 from edgert.errors import EngineError, ModelFileError, UnsupportedModelError, UsageError
 from edgert.platforms.detect import detect_threads
+from edgert.tier import IN_MEMORY, Tier
 
 if TYPE_CHECKING:
     from edgert.models import ModelSpec
@@ -53,15 +54,15 @@ def engine_for(
     sidecar: Sidecar | None = None,
     probes: int = 0,
     chosen: int = 0,
-    tier: tuple[int, str] = (0, ""),
+    tier: Tier = IN_MEMORY,
 ) -> Engine:
     """Load an open file, whose ``metadata`` the caller has at hand, into an engine.
 
     "auto" is native for what native knows, else llamacpp if it is installed. ``context`` is the
     longest session that will be asked for (None: what the model was made for). ``sidecar`` and
     ``probes`` (0: the sidecar's own number), ``chosen`` (past tokens that a step chooses; 0: it reads all)
-    and ``tier`` (pages of keys and values in memory, 0 for all, and where the others are) are for native
-    alone. Raises UsageError, UnsupportedModelError, ModelFileError or EngineError.
+    and ``tier`` (where keys and values lie) are for native alone. Raises UsageError, UnsupportedModelError,
+    ModelFileError or EngineError.
     """
     check_options(engine, threads, kv)
     threads = threads or detect_threads()
@@ -99,7 +100,7 @@ def _open_native(
     probes: int,
     kv: str,
     chosen: int,
-    tier: tuple[int, str],
+    tier: Tier,
 ) -> Engine:
     from .native import NativeEngine
 

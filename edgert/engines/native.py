@@ -10,7 +10,9 @@ import numpy as np
 from edgert import _native
 from edgert.cost import check_kv
 from edgert.engines.base import Ids, Logits
+from edgert.errors import EngineError
 from edgert.models import ModelSpec
+from edgert.tier import IN_MEMORY, Tier
 
 if TYPE_CHECKING:
     from edgert.sidecar import Sidecar
@@ -28,12 +30,17 @@ class NativeSession:
         context: int,
         kv: str,
         chosen: int,
-        tier: tuple[int, str],
+        tier: Tier,
         probes: int,
         keep: int,
     ) -> None:
         self._model = model
         self._cache = _native.Cache(model, context, kv, chosen, *tier)
+        if (self.tier or {}).get("in_memory"):
+            raise EngineError(
+                f"{tier.directory} lies in memory (tmpfs), not on a disk, so that pages there save none: "
+                "choose another page_directory"
+            )
         self._probes, self._keep = probes, keep
 
     @property
@@ -124,7 +131,7 @@ class NativeEngine:
         probes: int = 0,
         kv: str = "f16",
         chosen: int = 0,
-        tier: tuple[int, str] = (0, ""),
+        tier: Tier = IN_MEMORY,
     ) -> None:
         check_kv(spec, kv)
         self.tier = tier
@@ -158,8 +165,8 @@ class NativeEngine:
         }
         if self.chosen:
             described["budget"] = self.chosen
-        if self.tier[0]:
-            described["pages_in_memory"], described["page_directory"] = self.tier
+        if self.tier.slots:
+            described["pages_in_memory"], described["page_directory"] = self.tier[:2]
         if self.sidecar:
             described["flash_bytes_per_step"] = model.step_body_bytes + model.flash_bytes(
                 self.probes, self.keep

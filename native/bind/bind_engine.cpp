@@ -310,9 +310,10 @@ void bind_engine(nb::module_& m) {
         m["slots"] = store.shape().slots;
         m["set"] = c.tier()->capacity();
         m["pages"] = store.pages();
+        m["in_memory"] = store.file().in_memory();
         return m;
       }, "Of the pages: how many there are, how many fit into memory and into the set of a step;\n"
-         "what was read, written and waited for. None without a tier.")
+         "what was read, written and waited for; whether the directory lies in memory. None without a tier.")
       .def_prop_ro("length", &KvCache::length)
       .def_prop_ro("context", &KvCache::context)
       .def_prop_ro("nbytes", &KvCache::bytes)
