@@ -14,7 +14,7 @@ from edgert import _native
 from edgert.cost import kv_bytes
 from edgert.engines import llamacpp
 from edgert.engines.base import Logits
-from edgert.engines.native import NativeEngine, NativeSession
+from edgert.engines.native import NativeEngine
 from edgert.exact import Exact, make_exact
 from edgert.model import load
 
