@@ -82,9 +82,9 @@ def test_passes_and_steps_are_the_oracles(name: str) -> None:
         rounding = 32 if tiny(name).quant != "F32" else 0
         kept = "q8" if kv == "q8" else np.float16
         options = {"kv_type": kept, "int8_blocks": rounding}
-        expected = Reference(
-            tiny(name).path, streaming=streaming_of(heads), window=WINDOW, **options
-        ).logits(ids.tolist())
+        expected = Reference(tiny(name).path, streaming=streaming_of(heads), window=WINDOW, **options).logits(
+            ids.tolist()
+        )
         everything = Reference(tiny(name).path, **options).logits(ids.tolist())
         tolerance = 0.02 * np.abs(expected).max()
         assert np.abs(found - expected).max() < tolerance
@@ -110,9 +110,10 @@ def test_a_sequence_alone_decides(name: str) -> None:
         other = cache(model, kv, heads=heads)
         other.load(state)
         assert np.array_equal(found[0][start:], steps(model, other, ids[start:]))
-        # Back by a pass, which the rings still hold; into the first page; and further than they remember.
-        assert other.rewind(LENGTH - 200) == LENGTH - 200
-        assert np.array_equal(found[0][LENGTH - 200 : start], read(model, other, ids[LENGTH - 200 : start], 64))
+        # Back by a pass, which the rings still hold.
+        back = LENGTH - (30 if name == "lfm2" else 200)  # its convolutions remember less
+        assert other.rewind(back) == back
+        assert np.array_equal(found[0][back:start], read(model, other, ids[back:start], 64))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -198,7 +199,8 @@ def test_the_plan_is_what_a_cache_takes() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2"])
 def test_a_disk_tier_holds_the_indexed_heads(name: str, tmp_path: Path) -> None:
     """Passes are those of a cache in memory; steps those of a tier with room for all."""
-    model, ids, heads = open_model(name), ids_of(name, 2140), pattern(name, MIXED)
+    classes = [INDEXED, STREAMING, FULL, INDEXED, STREAMING]
+    model, ids, heads = open_model(name), ids_of(name, 2140), pattern(name, classes)
     for kv in kv_types(name):
         plain = cache(model, kv, heads=heads)
         small, slow, wide = (

@@ -76,7 +76,7 @@ void bind_store(nb::module_& m) {
           "__init__",
           [](PageStore* self, const std::string& directory, size_t page_bytes, uint32_t sections, uint32_t slots,
              uint64_t disk_cap_bytes, uint32_t read_delay_us) {
-            if (sections == 0 || page_bytes % sections != 0)
+            if (page_bytes == 0 || sections == 0 || page_bytes % sections != 0)
               throw edgert::EngineError("a page of " + std::to_string(page_bytes) + " bytes cannot be cut into " +
                                         std::to_string(sections) + " sections of equal size");
             const std::vector<size_t> section_bytes(sections, page_bytes / sections);
