@@ -1,8 +1,8 @@
 """A sequence read once by the torch decoder, from which its end is computed again and again with other heads
 streaming.
 
-The end sees keys and values that full attention left of what lies before it. So the layers below the first head
-that streams need not be computed, and the others only at the last positions.
+The end sees keys and values that full attention left of what lies before it. So the layers below the first
+head that streams need not be computed, and the others only at the last positions.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ Look = Callable[[int, Tensor, Tensor], None]
 
 @dataclass
 class Trace:
-    """``start``: the first position of the end. Of each layer: its input at the end and, for a convolution, as
-    many positions before as it reaches back, [n, dim]; its keys and values at all positions, [KV, T, hd]."""
+    """``start``: the first position of the end. Of each layer: its input at the end and, for a convolution,
+    as many positions before as it reaches back, [n, dim]; its keys and values at all positions, [KV, T,
+    hd]."""
 
     decoder: TorchDecoder
     start: int
@@ -73,7 +74,8 @@ def full_attention(decoder: TorchDecoder, i: int, q: Tensor, k: Tensor, v: Tenso
 
 
 def seen(start: int, length: int, window: int = 0, sinks: int = 0) -> Tensor:
-    """[S, T], true where a position from ``start`` on may see another: a ``window`` (0: all) and ``sinks``."""
+    """[S, T], true where a position from ``start`` on may see another: a ``window`` (0: all) and
+    ``sinks``."""
     at, other = torch.arange(start, length)[:, None], torch.arange(length)[None, :]
     near = (at - other < window) | (other < sinks) if window else torch.tensor(True)
     return (at >= other) & near
@@ -81,8 +83,8 @@ def seen(start: int, length: int, window: int = 0, sinks: int = 0) -> Tensor:
 
 @torch.no_grad()
 def again(trace: Trace, streaming: Sequence[Collection[Head]], window: int) -> Tensor:
-    """Log probabilities at the end, [B, S, vocab], for each of B sets of heads that stream there: they see the
-    first SINKS positions and the last ``window``."""
+    """Log probabilities at the end, [B, S, vocab], for each of B sets of heads that stream there: they see
+    the first SINKS positions and the last ``window``."""
     decoder, start, batch = trace.decoder, trace.start, len(streaming)
     spec = decoder.spec
     first = min((layer for heads in streaming for layer, _ in heads), default=0)
@@ -111,8 +113,8 @@ def again(trace: Trace, streaming: Sequence[Collection[Head]], window: int) -> T
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention where the query heads of a KV head share its mask, [B, KV, S, T]: as rows of one matrix they also
-    share its keys."""
+    """Attention where the query heads of a KV head share its mask, [B, KV, S, T]: as rows of one matrix they
+    also share its keys."""
     b, h, s, hd = q.shape
     kv = k.shape[1]
     group = h // kv

@@ -19,9 +19,9 @@ from edgert.sidecar import VERSION, Sidecar
 def write_part(
     target: Path, model: Path, part: str, metadata: Mapping[str, Value], tensors: Sequence[Tensor] = ()
 ) -> None:
-    """Write the sidecar ``target`` of ``model`` with the keys ``metadata`` and the ``tensors`` of a part, whose
-    names begin with "edgert.<part>." and "<part>.". What the sidecar there is has of other parts stays; one that
-    is damaged or of another file counts for nothing. Raises OutputError."""
+    """Write the sidecar ``target`` of ``model`` with the keys ``metadata`` and the ``tensors`` of a part,
+    whose names begin with "edgert.<part>." and "<part>.". What the sidecar there is has of other parts stays;
+    one that is damaged or of another file counts for nothing. Raises OutputError."""
     keys: dict[str, Value] = {
         "general.architecture": "edgert",
         "edgert.version": VERSION,

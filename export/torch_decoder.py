@@ -54,9 +54,9 @@ class TorchDecoder:
         return self.embedding[ids] * self.spec.embed_scale
 
     def layer(self, i: int, x: Tensor, attend: Attend | None = None, start: int = 0) -> Tensor:
-        """The stream after layer ``i`` of the stream ``x`` [B, T, dim] before it, of the positions from ``start``
-        on. Where these are not all, ``attend`` must know the keys and values before them; what it is given is of
-        the T positions alone."""
+        """The stream after layer ``i`` of the stream ``x`` [B, T, dim] before it, of the positions from
+        ``start`` on. Where these are not all, ``attend`` must know the keys and values before them; what it
+        is given is of the T positions alone."""
         spec, layer, p = self.spec, self.spec.layers[i], f"blk.{i}."
         h = self._norm(x, p + "attn_norm")
         h = self._conv(p, h) if layer.kind == "conv" else self._attention(i, h, attend, start)
@@ -81,8 +81,8 @@ class TorchDecoder:
         return self.normed(states) @ self._w[name].T
 
     def qkv(self, i: int, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of attention layer ``i`` as ``Attend`` takes them, from its normed input [B, T, dim] at the
-        positions from ``start`` on."""
+        """q, k and v of attention layer ``i`` as ``Attend`` takes them, from its normed input [B, T, dim] at
+        the positions from ``start`` on."""
         spec, layer, p = self.spec, self.spec.layers[i], f"blk.{i}."
         b, n = x.shape[:2]
         q = self._linear(x, p + "attn_q").view(b, n, spec.n_heads, spec.head_dim)
