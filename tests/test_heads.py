@@ -1,5 +1,5 @@
-"""`edgert heads`: its traces against whole runs, its probes on attention whose heads are known, pattern files,
-the sidecar it shares with a FlashHead, and what a run makes of the classes."""
+"""`edgert heads`: its traces against whole runs, its probes on attention whose heads are known, pattern
+files, the sidecar it shares with a FlashHead, and what a run makes of the classes."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_needles_are_what_their_sources_say() -> None:
     assert made.right(told) == 6
     told[made.predicting[0]] = 0.0
     assert made.right(told) == 5
-    # An induction head finds the second and later tokens of an answer: the token before is that of the source.
+    # An induction head finds the second token of an answer and those behind it.
     decoder = HandMade(1000)
     _, scores = read_needles(decoder, made)  # type: ignore[arg-type]
     assert scores[0, 0] > max(scores[0, 1], scores[0, 2]) == 0
