@@ -39,7 +39,8 @@ struct SparseStep {
   Scratch::Private& me;
   SparseCut cut;
   static constexpr uint32_t kNone = 0xffffffff;
-  uint32_t picked = kNone;  // the KV head whose choice is in me.places
+  uint32_t picked = kNone;  // the KV head whose choice is in me.places,
+  uint32_t taken = 0;       // of so many tokens
 
   // Leaves the partial results of all parts in sc.partial, [parts][n_heads][head_dim + 2], when every thread
   // has returned.
