@@ -31,7 +31,9 @@ def write_whole(path: Path, parts: Iterable[Any]) -> None:
                 # leaves that is killed between the two calls is removed here by the next one.
                 between = path.with_name(f".{path.name}.edgert-new")
                 between.unlink(missing_ok=True)
-                os.link(f"/proc/self/fd/{nameless}", between, src_dir_fd=directory)  # else: of the link itself
+                os.link(
+                    f"/proc/self/fd/{nameless}", between, src_dir_fd=directory
+                )  # else: of the link itself
                 temporary = between
         assert temporary is not None
         temporary.replace(path)
@@ -46,7 +48,7 @@ def write_whole(path: Path, parts: Iterable[Any]) -> None:
 
 def _open_nameless(directory: Path) -> int | None:
     """A new file that goes with the process, however it ends; None where there are none."""
-    if not hasattr(os, "O_TMPFILE") or not os.path.exists("/proc/self/fd"):
+    if not hasattr(os, "O_TMPFILE") or not Path("/proc/self/fd").exists():
         return None
     try:
         return os.open(directory, os.O_TMPFILE | os.O_WRONLY, 0o600)

@@ -3,11 +3,9 @@ left behind and nothing hangs."""
 
 from __future__ import annotations
 
-import contextlib
 import random
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 from conftest import real_model
@@ -73,8 +71,8 @@ def kill_often(job: Job, rounds: int) -> None:
 
 
 def assert_nothing_left(job: Job) -> None:
-    """Pages have no name. What may have one for an instant is an empty file of pages or a complete session, which
-    the next process removes."""
+    """Pages have no name. What may have one for an instant is an empty file of pages or a complete session,
+    which the next process removes."""
     if job.pages.exists():
         assert all(entry.stat().st_size == 0 for entry in job.pages.iterdir())
     names = {entry.name for entry in job.saved.parent.iterdir() if entry != job.pages}

@@ -13,27 +13,29 @@ import edgert
 def main() -> None:
     job = json.loads(sys.argv[1])
     saved, prompt = Path(job["saved"]), job["prompt"]
-    with edgert.load(
-        job["path"],
-        attention="sparse",
-        budget=job["budget"],
-        memory=job["memory"],
-        context=job["context"],
-        page_directory=job["pages"],
-        head="dense",
-    ) as model:
-        with model.session() as session:
-            if saved.exists():
-                session.restore(saved)
-            # A reply's last token is no part of the cache: it is the first of the next request.
-            told = len(session.tokens) + 1 if session.tokens else len(prompt)
-            text = [*prompt, *job["known"][: told - len(prompt)]]
-            while len(text) < len(prompt) + job["tokens"]:
-                for piece in session.stream(text, max_tokens=job["each"]):
-                    text.append(piece.token)
-                    print(len(text) - 1, piece.token, flush=True)
-                session.save(saved)
-            print("done", json.dumps(session._sequence.tier), flush=True)
+    with (
+        edgert.load(
+            job["path"],
+            attention="sparse",
+            budget=job["budget"],
+            memory=job["memory"],
+            context=job["context"],
+            page_directory=job["pages"],
+            head="dense",
+        ) as model,
+        model.session() as session,
+    ):
+        if saved.exists():
+            session.restore(saved)
+        # A reply's last token is no part of the cache: it is the first of the next request.
+        told = len(session.tokens) + 1 if session.tokens else len(prompt)
+        text = [*prompt, *job["known"][: told - len(prompt)]]
+        while len(text) < len(prompt) + job["tokens"]:
+            for piece in session.stream(text, max_tokens=job["each"]):
+                text.append(piece.token)
+                print(len(text) - 1, piece.token, flush=True)
+            session.save(saved)
+        print("done", json.dumps(session._sequence.tier), flush=True)
 
 
 if __name__ == "__main__":
