@@ -39,11 +39,16 @@ class Setting:
     memory: int
     slots: int
     prompt: list[int]
+    ends: frozenset[int]  # tokens that end a turn
     expected: tuple[int, ...]  # the reply to the prompt when there is no trouble
 
     def load(self, directory: Path, **more: Any) -> Model:
         options = {"attention": "sparse", "budget": self.budget, "memory": self.memory, "context": CONTEXT}
         return edgert.load(self.path, page_directory=directory, head="dense", **options, **more)
+
+    def reply(self, tokens: int) -> dict[str, Any]:
+        """Options of a reply that ends with that many tokens."""
+        return {"max_tokens": tokens, "logit_bias": dict.fromkeys(self.ends, -1e9)}
 
     @property
     def page_bytes(self) -> int:
@@ -63,12 +68,13 @@ class Setting:
 def setting(request: pytest.FixtureRequest) -> Setting:
     tiny = request.param == "tiny"
     path, budget = (long_tiny(), 64) if tiny else (real_model(request.param), 256)
-    made = Setting(path, budget, least_memory(path, CONTEXT, budget), 0, [], ())
+    made = Setting(path, budget, least_memory(path, CONTEXT, budget), 0, [], frozenset(), ())
     with on_disk() as here, made.load(here) as model:
         made.slots = model.engine.describe()["pages_in_memory"]
+        made.ends = frozenset(model.tokenizer.eos_ids)
         words = [i * i % 300 for i in range(CONTEXT)] if tiny else model.encode(prose(4000))
         made.prompt = words[: (made.slots + 40) * PAGE - 5]
-        made.expected = model.generate(made.prompt, max_tokens=REPLY).tokens
+        made.expected = model.generate(made.prompt, **made.reply(REPLY)).tokens
     assert len(made.expected) == REPLY
     return made
 
@@ -105,12 +111,12 @@ def test_a_full_disk(setting: Setting, disk: Path) -> None:
     where there is more room it goes on."""
     with setting.load(disk) as model, model.session() as session:
         with largest_file((setting.pages - 56) * setting.page_bytes):
-            tokens, error = until_it_fails(session.stream(setting.prompt, max_tokens=REPLY))
+            tokens, error = until_it_fails(session.stream(setting.prompt, **setting.reply(REPLY)))
             assert f"the file in {disk} cannot be written: File too large" in error
             assert "free space there, choose another directory, or allow more memory" in error
             assert 16 < len(tokens) < REPLY and tokens == setting.expected[: len(tokens)]
         so_far = [*setting.prompt, *tokens]
-        rest = session.generate(so_far, max_tokens=8)
+        rest = session.generate(so_far, **setting.reply(8))
         assert rest.stats.reused_tokens == len(so_far) - 1
     assert_continues(setting, disk, tokens, rest.tokens)
 
@@ -132,11 +138,11 @@ def test_a_file_system_that_is_full(setting: Setting, tmp_path: Path) -> None:
         with (mounted / "others").open("wb") as others:
             others.write(bytes(free - leave))
         with setting.load(mounted) as model, model.session() as session:
-            tokens, error = until_it_fails(session.stream(setting.prompt, max_tokens=REPLY))
+            tokens, error = until_it_fails(session.stream(setting.prompt, **setting.reply(REPLY)))
             assert "cannot be written: No space left on device; free space there" in error
             assert 0 < len(tokens) < REPLY and tokens == setting.expected[: len(tokens)]
             (mounted / "others").unlink()
-            rest = session.generate([*setting.prompt, *tokens], max_tokens=8)
+            rest = session.generate([*setting.prompt, *tokens], **setting.reply(8))
         assert {entry.name for entry in mounted.iterdir()} <= {"lost+found"}
         assert_continues(setting, mounted, tokens, rest.tokens)
     finally:
@@ -148,36 +154,36 @@ def assert_continues(
 ) -> None:
     """That ``rest`` are the tokens of a run without trouble, which also stopped after ``tokens``."""
     with setting.load(directory) as model, model.session() as session:
-        assert session.generate(setting.prompt, max_tokens=len(tokens)).tokens == tokens
-        assert session.generate([*setting.prompt, *tokens], max_tokens=len(rest)).tokens == rest
+        assert session.generate(setting.prompt, **setting.reply(len(tokens))).tokens == tokens
+        assert session.generate([*setting.prompt, *tokens], **setting.reply(len(rest))).tokens == rest
 
 
 def test_a_limit_of_the_file(setting: Setting, disk: Path) -> None:
     limit = (setting.pages - 56) * setting.page_bytes
     with setting.load(disk, page_limit=limit) as model, model.session() as session:
-        tokens, error = until_it_fails(session.stream(setting.prompt, max_tokens=REPLY))
+        tokens, error = until_it_fails(session.stream(setting.prompt, **setting.reply(REPLY)))
         assert "may not outgrow" in error
         assert "raise that limit, allow more memory, or shorten the context" in error
         assert 16 < len(tokens) < REPLY and tokens == setting.expected[: len(tokens)]
-        assert session.generate(setting.prompt[:500], max_tokens=4).tokens
+        assert session.generate(setting.prompt[:500], **setting.reply(4)).tokens
     with setting.load(disk, page_limit=1) as model, model.session() as session:
-        tokens, _ = until_it_fails(session.stream(setting.prompt, max_tokens=REPLY))
+        tokens, _ = until_it_fails(session.stream(setting.prompt, **setting.reply(REPLY)))
         assert tokens == ()
         short = setting.prompt[: (setting.slots - 30) * PAGE]
-        assert len(session.generate(short, max_tokens=8).tokens) == 8  # all in memory
+        assert len(session.generate(short, **setting.reply(8)).tokens) == 8  # all in memory
 
 
 def test_a_deleted_directory(setting: Setting, disk: Path) -> None:
     """What was in it goes on; a new session makes it again."""
     where = disk / "pages"
     with setting.load(where) as model, model.session() as session:
-        stream = session.stream(setting.prompt, max_tokens=60)
+        stream = session.stream(setting.prompt, **setting.reply(60))
         next(stream)
         where.rmdir()
         tokens = tuple(piece.token for piece in stream)
         assert tokens == setting.expected[1:60]
         assert session._sequence.tier["pages_read"] > 0
-        assert model.generate(setting.prompt, max_tokens=20).tokens == setting.expected[:20]
+        assert model.generate(setting.prompt, **setting.reply(20)).tokens == setting.expected[:20]
     assert list(where.iterdir()) == []
 
 
@@ -185,7 +191,7 @@ def test_a_deleted_directory(setting: Setting, disk: Path) -> None:
 def test_flipped_bytes(setting: Setting, disk: Path) -> None:
     """No page that came back damaged is used, and what is computed anew is right."""
     with setting.load(disk) as model, model.session() as session:
-        stream = session.stream(setting.prompt, max_tokens=REPLY)
+        stream = session.stream(setting.prompt, **setting.reply(REPLY))
         first = [next(stream).token for _ in range(8)]
         flip_bytes(disk, setting.page_bytes)
         tokens, error = until_it_fails(stream)
@@ -193,7 +199,7 @@ def test_flipped_bytes(setting: Setting, disk: Path) -> None:
         assert "check the disk, choose a directory on another one, or allow more memory" in error
         assert list(tokens[:8]) == first and tokens == setting.expected[: len(tokens)]
         session.rewind(0)
-        assert session.generate(setting.prompt, max_tokens=40).tokens == setting.expected[:40]
+        assert session.generate(setting.prompt, **setting.reply(40)).tokens == setting.expected[:40]
 
 
 def flip_bytes(directory: Path, page_bytes: int) -> None:
@@ -212,6 +218,6 @@ def test_a_slow_disk_gives_the_same_tokens(
     slow = functools.partial(_native.Cache, read_delay_us=3000)
     monkeypatch.setattr("edgert.engines.native._native.Cache", slow)
     with setting.load(disk) as model, model.session() as session:
-        assert session.generate(setting.prompt, max_tokens=100).tokens == setting.expected[:100]
+        assert session.generate(setting.prompt, **setting.reply(100)).tokens == setting.expected[:100]
         tier = session._sequence.tier
     assert tier["waited_seconds"] > 3e-3
