@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .cost import page_bytes
 from .rates import BARRIER, MANY, READS, SCATTERED, TOKEN
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ OVERLAP = 1.2
 ALWAYS = 272  # tokens that sparse attention always reads, on average
 # Share of the longest block that the exact modes draft on average: its length follows the agreement.
 BLOCK = 0.7
+# Pages that enter the set of a step where nearly all lie on the disk (of fewer, a share), and the most.
+ENTERING, MOST_ENTERING = 4.0, 8
+PAGE = 16  # tokens
+# Seconds that a byte from the disk costs the threads that compute, to which its checksum belongs.
+FROM_DISK = 0.2e-9
 # Share of full attention's tokens that drafts with sparse attention find, at the default budget.
 SPARSE_AGREEMENT = 0.96
 
@@ -28,7 +34,7 @@ SPARSE_AGREEMENT = 0.96
 @dataclass(frozen=True)
 class Step:
     """A part of the time: ``seconds``, the ``bytes`` it reads, and what it waits for ("memory",
-    "arithmetic" or "fixed")."""
+    "arithmetic", "disk" or "fixed")."""
 
     name: str
     seconds: float
@@ -56,9 +62,22 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
         seconds = math.hypot(_reading(flash, rates), flash / (rates.threads * SCATTERED))
         steps.append(Step("head", seconds, flash, "memory"))
     steps.append(Step("fixed", fixed, 0, "fixed"))
+    steps += _disk(case, rates, length, sum(step.seconds for step in steps))
     if "exact" in (case.head, case.attention):
         steps = _exact(case, rates, steps, length)
     return tuple(steps)
+
+
+def _disk(case: Case, rates: Rates, length: int, behind: float) -> list[Step]:
+    """Pages that enter the set of a step. They are read while another step runs, ``behind`` seconds long."""
+    pages = -(-length // PAGE)
+    if not case.slots or pages <= case.slots:
+        return []
+    size = page_bytes(case.spec, case.kv)
+    entering = min(ENTERING * (1 - case.slots / pages), MOST_ENTERING)
+    read = round(entering * size)
+    waits = max(rates.disk_seconds(entering, size) - behind, 0.0)
+    return [Step("disk", waits + read * FROM_DISK, read, "disk")]
 
 
 def prefill_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:

@@ -4,6 +4,7 @@ moment: ``python tier_child.py JOB``, JOB a JSON object. It prints position and 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -25,13 +26,14 @@ def main() -> None:
         ) as model,
         model.session() as session,
     ):
+        unending = dict.fromkeys(model.tokenizer.eos_ids, -math.inf)
         if saved.exists():
             session.restore(saved)
         # A reply's last token is no part of the cache: it is the first of the next request.
         told = len(session.tokens) + 1 if session.tokens else len(prompt)
         text = [*prompt, *job["known"][: told - len(prompt)]]
         while len(text) < len(prompt) + job["tokens"]:
-            for piece in session.stream(text, max_tokens=job["each"]):
+            for piece in session.stream(text, max_tokens=job["each"], logit_bias=unending):
                 text.append(piece.token)
                 print(len(text) - 1, piece.token, flush=True)
             session.save(saved)
