@@ -82,7 +82,7 @@ def _rate_of(disk: tuple[DiskRead, ...], size: int, depth: float) -> float:
             return points[0][1]
         for (a, low), (b, high) in pairwise(points):
             if x <= b:
-                return low * (high / low) ** (math.log(x / a) / math.log(b / a))
+                return low * math.exp(math.log(high / low) * math.log(x / a) / math.log(b / a))
         return points[-1][1]
 
     by_depth = [
