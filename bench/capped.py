@@ -2,9 +2,11 @@
 ``python -m edgert.bench.capped MODEL --context 32000``.
 
 Two processes read the same text with sparse attention. One lives in a cgroup, from its start, whose limit is
-what the plan says the process takes without keys and values and a share of what these take; it is told that
-limit as ``memory``. Then both take steps along the text in turns. The first step of a turn is not counted: a
-disk may read for it while the other process is at work. Needs the right to make a cgroup, v1 or v2.
+what the plan says the process takes without keys and values of the layers that see everything, a share of what
+these take, and the part of a limit that a plan keeps free; it is told that limit as ``memory``. The index and
+the buffers of the tier must fit into that share too. Then both take steps along the text in turns. The first
+step of a turn is not counted: a disk may read for it while the other process is at work. Needs the right to
+make a cgroup, v1 or v2.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from edgert.bench.measure import say
 
 from edgert import _native
 from edgert.attention import DEFAULT_BUDGET
-from edgert.cost import kv_bytes
+from edgert.cost import page_bytes
 from edgert.engines import native_spec
 from edgert.locate import cache_dir, model_path
+from edgert.placement import PAGE, UNSURE
 from edgert.planner import plan
 from edgert.tokenizer import Tokenizer
 from edgert.whole_file import write_whole
@@ -154,14 +157,14 @@ def measure(path: Path, context: int, budget: int, share: float, directory: Path
         "head": "dense",
     }
     free = plan(path, **options)
-    whole = round(kv_bytes(native_spec(file, file.metadata), context))
-    taken = sum(part.bytes for part in free.memory if part.name.startswith("KV cache"))
-    cap = free.needed - taken + round(share * whole)
+    whole = context * page_bytes(native_spec(file, file.metadata)) // PAGE
+    taken = sum(p.bytes for p in free.memory if p.name.endswith(("full layers", "KV cache, index")))
+    cap = round((free.needed - taken + share * whole) / (1 - UNSURE))
     placed = plan(path, memory=cap, **options)
     if not placed.fits:
         raise SystemExit(f"the plan refuses {cap} bytes: {placed.needed} are needed at least")
     job = {"path": str(path), "text": text, "prompt": context, "budget": budget, "directory": str(directory)}
-    say(f"cap {cap / 1e6:.1f} MB; {placed.slots} of {-(-context // 16)} pages in memory")
+    say(f"cap {cap / 1e6:.1f} MB; {placed.slots} of {-(-context // PAGE)} pages in memory")
     with cgroup(cap) as group:
         children = [
             Child({**job, "group": str(group), "memory": cap}),
@@ -226,7 +229,7 @@ def _cells(path: Path, r: Result) -> list[str]:
 
     return [
         *(path.name, f"{r.context:,}", size(r.kv), size(r.cap), size(r.peak), size(r.group_peak)),
-        f"{r.slots} of {-(-r.context // 16)}",
+        f"{r.slots} of {-(-r.context // PAGE)}",
         *(time(statistics.median(r.capped)), time(statistics.median(r.free)), f"{r.speed:.0%}"),
         *(size(r.disk_bytes), "" if r.hidden is None else f"{r.hidden:.0%}"),
         *(time(r.planned), time(r.planned_free)),
@@ -243,8 +246,9 @@ def report(results: dict[Path, Result], budget: int, share: float, command: str)
         f"{facts['cpu']}, {facts['usable_processors']} processors, edgert {facts['edgert']} build "
         f"{facts['edgert_build']} ({facts['edgert_isa']}), {facts['date']}.",
         "",
-        "The capped process is in a cgroup whose limit is what a plan says it takes without keys and values, "
-        f"and {share:.0%} of what full attention's take. The other has all in memory. Steps go along "
+        "The capped process is in a cgroup whose limit is what a plan says it takes without keys and values of "
+        f"the layers that see everything, {share:.0%} of these, and the {UNSURE:.1%} that a plan keeps free. The "
+        "other process has all in memory. Steps go along "
         f"Python's library, {TURNS} turns of {TURN - 1} each, medians; peaks are of the whole process, prompt "
         "included.",
         "",
