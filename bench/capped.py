@@ -2,11 +2,11 @@
 ``python -m edgert.bench.capped MODEL --context 32000``.
 
 Two processes read the same text with sparse attention. One lives in a cgroup, from its start, whose limit is
-what the plan says the process takes without keys and values of the layers that see everything, a share of what
-these take, and the part of a limit that a plan keeps free; it is told that limit as ``memory``. The index and
-the buffers of the tier must fit into that share too. Then both take steps along the text in turns. The first
-step of a turn is not counted: a disk may read for it while the other process is at work. Needs the right to
-make a cgroup, v1 or v2.
+what the plan says the process takes without keys and values of the layers that see everything, a share of
+what these take, and the part of a limit that a plan keeps free; it is told that limit as ``memory``. The
+index and the buffers of the tier must fit into that share too. Then both take steps along the text in turns.
+The first step of a turn is not counted: a disk may read for it while the other process is at work. Needs the
+right to make a cgroup, v1 or v2.
 """
 
 from __future__ import annotations
@@ -246,11 +246,10 @@ def report(results: dict[Path, Result], budget: int, share: float, command: str)
         f"{facts['cpu']}, {facts['usable_processors']} processors, edgert {facts['edgert']} build "
         f"{facts['edgert_build']} ({facts['edgert_isa']}), {facts['date']}.",
         "",
-        "The capped process is in a cgroup whose limit is what a plan says it takes without keys and values of "
-        f"the layers that see everything, {share:.0%} of these, and the {UNSURE:.1%} that a plan keeps free. The "
-        "other process has all in memory. Steps go along "
-        f"Python's library, {TURNS} turns of {TURN - 1} each, medians; peaks are of the whole process, prompt "
-        "included.",
+        "The capped process is in a cgroup whose limit is what a plan says it takes without keys and values "
+        f"of the layers that see everything, {share:.0%} of these, and the {UNSURE:.1%} that a plan keeps free. "
+        "The other process has all in memory. Steps go along Python's library, "
+        f"{TURNS} turns of {TURN - 1} each, medians; peaks are of the whole process, prompt included.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|---|{'---:|' * (len(COLUMNS) - 1)}",
