@@ -247,8 +247,8 @@ def report(results: dict[Path, Result], budget: int, share: float, command: str)
         f"{facts['edgert_build']} ({facts['edgert_isa']}), {facts['date']}.",
         "",
         "The capped process is in a cgroup whose limit is what a plan says it takes without keys and values "
-        f"of the layers that see everything, {share:.0%} of these, and the {UNSURE:.1%} that a plan keeps free."
-        " The other process has all in memory. Steps go along Python's library, "
+        f"of the layers that see everything, {share:.0%} of these, and the {UNSURE:.1%} a plan keeps free. "
+        "The other process has all in memory. Steps go along Python's library, "
         f"{TURNS} turns of {TURN - 1} each, medians; peaks are of the whole process, prompt included.",
         "",
         f"| {' | '.join(COLUMNS)} |",

@@ -20,10 +20,12 @@ BARRIERS = 6  # of a layer in decoding
 # al. 2009). With fast memory neither hides the other, as plan_check's table shows.
 OVERLAP = 1.2
 ALWAYS = 272  # tokens that sparse attention always reads, on average
+# Of sparse attention: the scan of a token in times of attending to it, and seconds of a layer for its choice.
+SCAN, CHOICE = 0.2, 40e-6
 # Share of the longest block that the exact modes draft on average: its length follows the agreement.
 BLOCK = 0.7
-# Pages that enter the set of a step where nearly all lie on the disk (of fewer, a share), and the most.
-ENTERING, MOST_ENTERING = 4.0, 8
+# Pages that enter the set of a step, times the share of them that lies on the disk, and the most that do.
+ENTERING, MOST_ENTERING = 10.0, 8
 PAGE = 16  # tokens
 # Seconds that a byte from the disk costs the threads that compute, to which its checksum belongs.
 FROM_DISK = 0.2e-9
@@ -51,6 +53,7 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
         sizes.kv_step(length, length, case.kv, case.chosen),
         _pairs(case, length, rates, case.chosen),
     )
+    pairs += _choosing(case, rates, length)
     reading = _reading(read, rates)
     attention = Step("attention", reading + pairs, read, "memory" if reading >= pairs else "arithmetic")
     fixed = TOKEN + BARRIERS * spec.n_layers * BARRIER * (rates.threads > 1)
@@ -66,6 +69,18 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
     if "exact" in (case.head, case.attention):
         steps = _exact(case, rates, steps, length)
     return tuple(steps)
+
+
+def _choosing(case: Case, rates: Rates, length: int) -> float:
+    """What sparse attention takes beside attending: the scan of the index and the choice, layer by layer."""
+    spec, seconds = case.spec, 0.0
+    if not case.chosen or length <= case.chosen + ALWAYS:
+        return seconds
+    for layer in spec.layers:
+        if layer.kind == "attention" and not layer.window:
+            pairs = rates.pairs(case.kv, spec.head_dim, spec.n_heads // layer.n_kv_heads)
+            seconds += CHOICE + SCAN * spec.n_heads * length / pairs
+    return seconds
 
 
 def _disk(case: Case, rates: Rates, length: int, behind: float) -> list[Step]:
