@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,7 @@ class Child:
         return heard
 
     def end(self) -> None:
+        self._process.kill()
         self._process.communicate()
 
 
@@ -143,7 +145,9 @@ class Result:
         return statistics.median(self.free) / statistics.median(self.capped)
 
 
-def measure(path: Path, context: int, budget: int, share: float, directory: Path, wait: bool) -> Result:
+def measure(
+    path: Path, context: int, budget: int, share: float, directory: Path, wait: Path | None
+) -> Result:
     file = _native.GgufFile(str(path))
     tokenizer = Tokenizer.from_gguf(file.metadata)
     length = context + TURNS * TURN + TURN
@@ -170,29 +174,29 @@ def measure(path: Path, context: int, budget: int, share: float, directory: Path
             Child({**job, "group": str(group), "memory": cap}),
             Child({**job, "group": "", "memory": 0}),
         ]
-        capped, other = (child.hear() for child in children)
-        reading = capped["seconds"], other["seconds"]
-        say(f"read in {reading[0]:.0f} s, in memory in {reading[1]:.0f} s, both at once")
-        if wait:
-            input("Enter begins the steps: ")
-        steps: list[list[float]] = [[], []]
-        before = after = capped["tier"]
-        for turn in range(TURNS + 1):
-            for n in (0, 1) if turn % 2 else (1, 0):
-                children[n].tell(str(TURN))
-                heard = children[n].hear()
-                if n == 0:
-                    capped, after = heard, heard["tier"]
-                    before = heard["tier"] if turn == 0 else before  # the first turn warms up
-                else:
-                    other = heard
-                steps[n] += heard["steps"][1:] if turn else []
-        for child in children:
-            child.end()
-        peak = next(
-            (p for p in (group / "memory.max_usage_in_bytes", group / "memory.peak") if p.exists()), None
-        )
-        group_peak = int(peak.read_text()) if peak else None
+        try:
+            capped, other = (child.hear() for child in children)
+            reading = capped["seconds"], other["seconds"]
+            say(f"read in {reading[0]:.0f} s, in memory in {reading[1]:.0f} s, both at once")
+            while wait and not wait.exists():
+                time.sleep(0.1)
+            steps: list[list[float]] = [[], []]
+            before: dict[str, float] = {}
+            for turn in range(TURNS + 1):  # the first one warms up
+                for n in (0, 1) if turn % 2 else (1, 0):
+                    children[n].tell(str(TURN))
+                    heard = children[n].hear()
+                    steps[n] += heard["steps"][1:] if turn else []
+                    if n == 0:
+                        capped, before = heard, before or heard["tier"]
+                    else:
+                        other = heard
+        finally:
+            for child in children:
+                child.end()
+        counts = (group / name for name in ("memory.max_usage_in_bytes", "memory.peak"))
+        group_peak = next((int(path.read_text()) for path in counts if path.exists()), None)
+    after = capped["tier"]
     read = after["read_seconds"] - before["read_seconds"]
     waited = after["waited_seconds"] - before["waited_seconds"]
     return Result(
@@ -268,7 +272,10 @@ def main() -> None:
     )
     parser.add_argument("--page-directory", type=Path, default=cache_dir() / "pages", metavar="DIR")
     parser.add_argument(
-        "--wait", action="store_true", help="before the steps, for a machine that is to be quiet"
+        "--wait",
+        type=Path,
+        metavar="FILE",
+        help="begin the steps when it is there, for quiet",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
     args = parser.parse_args()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .cost import page_bytes
-from .rates import BARRIER, MANY, READS, SCATTERED, TOKEN
+from .rates import BARRIER, MANY, PAGE_READS, READS, SCATTERED, SECTION_READS, TOKEN
 
 if TYPE_CHECKING:
     from .planner import Case
@@ -91,7 +91,7 @@ def _disk(case: Case, rates: Rates, length: int, behind: float) -> list[Step]:
     size = page_bytes(case.spec, case.kv)
     entering = min(ENTERING * (1 - case.slots / pages), MOST_ENTERING)
     read = round(entering * size)
-    waits = max(rates.disk_seconds(entering, size) - behind, 0.0)
+    waits = max(rates.disk_seconds(entering, size, PAGE_READS) - behind, 0.0)
     return [Step("disk", waits + read * FROM_DISK, read, "disk")]
 
 
@@ -104,7 +104,14 @@ def prefill_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
     # Position i attends to i positions, or its window.
     pairs = sum(_pairs(case, n, rates) * min(CHUNK, length) for n in range(CHUNK // 2, length, CHUNK))
     attention = Step("attention", pairs, 0, "arithmetic")
-    return body, attention, _dense_head(case, rates, 1)
+    streamed = [
+        step
+        for n in range(CHUNK, length, CHUNK)
+        for step in _streamed(case, rates, n, CHUNK * _pairs(case, n, rates))
+    ]
+    read, seconds = sum(step.bytes for step in streamed), sum(step.seconds for step in streamed)
+    disk = [Step("disk", seconds, read, "disk")] if streamed else []
+    return body, attention, *disk, _dense_head(case, rates, 1)
 
 
 def _reading(read: int, rates: Rates) -> float:
@@ -167,12 +174,18 @@ def _exact(case: Case, rates: Rates, drafts: list[Step], length: int) -> list[St
     steps = [
         Step(s.name, s.seconds * LONGEST / tokens, round(s.bytes * LONGEST / tokens), s.limit) for s in drafts
     ]
-    confirming = _confirming(case, rates, drafts, length)
+    parts = _confirming(case, rates, drafts, length)
+    confirming = [step for step in parts if step.limit != "disk"]
     read = sum(step.bytes for step in confirming)
     seconds = sum(step.seconds for step in confirming)
     limit = max(confirming, key=lambda step: step.seconds).limit
     tokens *= BLOCK
-    return [*steps, Step("confirming", seconds / tokens, round(read / tokens), limit)]
+    steps.append(Step("confirming", seconds / tokens, round(read / tokens), limit))
+    return steps + [
+        Step("pages", s.seconds / tokens, round(s.bytes / tokens), s.limit)
+        for s in parts
+        if s not in confirming
+    ]
 
 
 def _confirming(case: Case, rates: Rates, drafts: list[Step], length: int) -> list[Step]:
@@ -185,7 +198,21 @@ def _confirming(case: Case, rates: Rates, drafts: list[Step], length: int) -> li
     body = _overlapped("body", case.sizes.step_body_bytes, _seconds_of_body(case, rates, block), rates)
     read, pairs = case.sizes.kv_step(length, length, case.kv, 0), block * _pairs(case, length, rates)
     attention = Step("attention", _reading(read, rates) + pairs, read, "arithmetic")
+    parts = [body, attention, *_streamed(case, rates, length, attention.seconds)]
     if case.head != "flash":
-        return [body, attention, _dense_head(case, rates, block, parts=1)]
+        return [*parts, _dense_head(case, rates, block, parts=1)]
     flash = next(step for step in drafts if step.name == "head")
-    return [body, attention, Step("head", block * flash.seconds, block * flash.bytes, flash.limit)]
+    return [*parts, Step("head", block * flash.seconds, block * flash.bytes, flash.limit)]
+
+
+def _streamed(case: Case, rates: Rates, length: int, behind: float) -> list[Step]:
+    """The pages that are not in memory, which a pass over the full cache reads layer by layer while it
+    attends to others, ``behind`` seconds in all."""
+    away = -(-length // PAGE) - case.slots
+    if not case.slots or away <= 0:
+        return []
+    layers = sum(layer.kind == "attention" and not layer.window for layer in case.spec.layers)
+    size = page_bytes(case.spec, case.kv) // layers
+    waits = max(rates.disk_seconds(away * layers, size, SECTION_READS) - behind, 0.0)
+    read = away * layers * size
+    return [Step("disk", waits + read * FROM_DISK, read, "disk")]

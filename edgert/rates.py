@@ -22,7 +22,7 @@ TOKEN = 150e-6
 SCATTERED = 10e9
 # The kernels read ahead better than the doctor's probe, which adds up one stretch.
 READS = 1.25
-MOST_READS = 4  # that the KV store has in flight at once
+PAGE_READS, SECTION_READS = 4, 16  # that the KV store has in flight at once, of whole pages and of parts
 MANY = 64  # tokens at once in the doctor's measurement of prefill
 
 
@@ -63,13 +63,12 @@ class Rates:
             return self.attend[attend_key(kv, dim, rows)] * dim / head_dim * self.threads
         return self.fp32 * ATTEND_SHARE / (2 * head_dim)
 
-    def disk_seconds(self, requests: float, size: int) -> float:
-        """Of reading ``requests`` pieces of ``size`` bytes that lie anywhere, all asked for at once; 0 where
-        nothing is known of the disk."""
+    def disk_seconds(self, requests: float, size: int, at_once: int) -> float:
+        """Of reading ``requests`` pieces of ``size`` bytes that lie anywhere, ``at_once`` of them in flight
+        when there are as many; 0 where nothing is known of the disk."""
         if not self.disk:
             return 0.0
-        depth = min(max(requests, 1.0), MOST_READS)
-        return requests * size / _rate_of(self.disk, size, depth)
+        return requests * size / _rate_of(self.disk, size, min(max(requests, 1.0), at_once))
 
 
 def _rate_of(disk: tuple[DiskRead, ...], size: int, depth: float) -> float:

@@ -176,11 +176,11 @@ def test_a_slower_disk_takes_longer_when_steps_do_not_hide_it() -> None:
         DiskRead(1 << 20, 8, 2e9),
     )
     rates = replace(rates_for("raspberry-pi-5", 4), disk=disk)
-    assert rates.disk_seconds(1, 1 << 16) == pytest.approx((1 << 16) / 1e8)
-    assert rates.disk_seconds(2, 1 << 20) == pytest.approx((2 << 20) / (1e9 * 2 ** (1 / 3)))
-    assert rates.disk_seconds(1, 1 << 18) == pytest.approx((1 << 18) / 10**8.5)
-    assert rates.disk_seconds(1, 1 << 12) == pytest.approx((1 << 12) / 1e8)
-    assert replace(rates, disk=()).disk_seconds(3, 1 << 20) == 0
+    assert rates.disk_seconds(1, 1 << 16, 4) == pytest.approx((1 << 16) / 1e8)
+    assert rates.disk_seconds(2, 1 << 20, 4) == pytest.approx((2 << 20) / (1e9 * 2 ** (1 / 3)))
+    assert rates.disk_seconds(1, 1 << 18, 4) == pytest.approx((1 << 18) / 10**8.5)
+    assert rates.disk_seconds(1, 1 << 12, 4) == pytest.approx((1 << 12) / 1e8)
+    assert replace(rates, disk=()).disk_seconds(3, 1 << 20, 4) == 0
     path = real_model("smollm2-135m")
     file = _native.GgufFile(str(path))
     case = Case.read(file, None, rates.lanes, 4, "f16", "dense", 0, 1024, "sparse")
