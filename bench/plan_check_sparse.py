@@ -171,9 +171,9 @@ def table(rows: list[SparseRow], machine: str) -> str:
     lines = [
         f"# What `edgert plan` says of sparse attention beside what runs take: {machine}",
         "",
-        "`python -m edgert.bench.plan_check_sparse ROWS.jsonl`. Peak resident memory of a process that loads, "
-        f"reads a text and takes {STEPS} steps along it; then a step's time in {TURNS - 1} turns of {STEPS}, "
-        "predicted from memory's speed around each: the median of those between which that speed held. "
+        "`python -m edgert.bench.plan_check_sparse ROWS.jsonl`. Peak resident memory of a process that "
+        f"loads, reads a text and takes {STEPS} steps along it; then a step's time in {TURNS - 1} turns of "
+        f"{STEPS}, predicted from memory's speed around each: the median of those between which it held. "
         "Dense head.",
         "",
         f"- memory within {MEMORY_SHARE:.0%} + {MEMORY_BYTES / 1e6:.0f} MB: {held} of {len(rows)} rows",
