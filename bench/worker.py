@@ -63,7 +63,8 @@ class Bench:
         return {**self._runner.about(), "fill_seconds": self._seconds}
 
     def run(self) -> dict[str, Any]:
-        """``seconds``, the ``tokens`` chosen, and ``step_bytes``, the mean over a generation (its last step's in a first run)."""
+        """``seconds``, the ``tokens`` chosen, and ``step_bytes``, the mean over a generation (in a first run
+        those of its last step)."""
         self._rewind()
         ran = self._prompt() if self._test.prompt else self._generate()
         if self._peak is None:

@@ -59,7 +59,7 @@ class NativeSession:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of keys, values and index that the last step read; before one, those that a step reads at most."""
+        """Bytes of keys, values and index that the last step read; before one, the most that one reads."""
         return self._cache.step_bytes
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
