@@ -4,8 +4,9 @@ time.
 Every budget goes on from one state, since a document is read in full whatever the budget. What is measured,
 a lookup's question included, is read in steps of one token: a step is what selects. Full attention has the
 same bits in a pass and in steps, so it takes text in passes but for the steps that are timed, which all
-settings take in turns. With a tier the sequences of the budgets have some pages on the disk; full attention
-has all in memory.
+settings take in turns. Where heads have classes a prompt is not read in full by those that stream, and full
+attention has a state of its own. With a tier the sequences of the budgets have some pages on the disk; full
+attention has all in memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from edgert.bench.lookups import Question, Series
 
 from edgert import _native
 from edgert.engines.native import CHUNK
+from edgert.head_classes import ALL_INDEXED, HeadClasses
 from edgert.tier import IN_MEMORY, Tier
 from edgert.tokenizer import Tokenizer
 
@@ -179,7 +181,7 @@ class Quality:
 class AttentionQuality:
     """Measures ``budgets`` beside full attention on sequences of at most ``context`` tokens. ``qualities``
     are full attention's and those of the budgets, in their order. ``core`` and ``tokenizer`` are a loaded
-    model's. ``tier``: where the budgets' keys and values lie."""
+    model's. ``tier``: where the budgets' keys and values lie; ``heads``: what their heads keep."""
 
     def __init__(
         self,
@@ -189,9 +191,10 @@ class AttentionQuality:
         kv: str,
         budgets: Sequence[int],
         tier: Tier = IN_MEMORY,
+        heads: HeadClasses = ALL_INDEXED,
     ) -> None:
         self._core, self._tokenizer, self._context, self._kv = core, tokenizer, context, kv
-        self._tier = tier
+        self._tier, self._heads = tier, heads
         self.qualities = [Quality(budget) for budget in (FULL, *budgets)]
 
     def score(self, document: Document, positions: int, begin: Stage) -> None:
@@ -240,17 +243,23 @@ class AttentionQuality:
             series.kind, stops + len(self.qualities) * sum(len(s.questions) for s in series.stops)
         )
         reader = self._reader()
+        whole = self._sequence(FULL) if self._heads.classes else reader
         for stop in series.stops:
+            if whole is not reader:
+                whole.read(series.tokens[whole.length : stop.length], lambda _: None)
             reader.read(series.tokens[reader.length : stop.length], progress)
             state = reader.save()
+            complete = state if whole is reader else whole.save()
             expected: list[bool] = []
             for quality in self.qualities:
                 budget = quality.budget
-                sequence = self._reader(state) if budget == FULL else self._sequence(budget, state)
+                origin = state if budget else complete
+                shared = not budget and whole is reader
+                sequence = self._reader(origin) if shared else self._sequence(budget, origin)
                 found = []
                 for question in stop.questions:
                     found.append(question.answered(self._reply(sequence, question)))
-                    sequence.back(state, stop.length)
+                    sequence.back(origin, stop.length)
                     progress(1)
                 expected = expected or found
                 lookups = quality.lookups.setdefault(series.kind, Lookups())
@@ -269,12 +278,14 @@ class AttentionQuality:
 
     def _sequence(self, budget: int, state: bytes | None = None) -> _Sequence:
         tier = IN_MEMORY if budget == FULL else self._tier
-        cache = _native.Cache(self._core, self._context, self._kv, budget, *tier)
+        heads = ALL_INDEXED if budget == FULL else self._heads
+        cache = _native.Cache(self._core, self._context, self._kv, budget, *tier, heads=heads)
         return _Sequence(cache, self._core, budget == FULL, state)
 
     def _reader(self, state: bytes | None = None) -> _Sequence:
-        """Full attention that can save states for every budget, at other speeds."""
-        cache = _native.Cache(self._core, self._context, self._kv, 1, *self._tier)
+        """Reads prompts as every budget does, and saves states for all. Without classes of heads it is full
+        attention, at other speeds."""
+        cache = _native.Cache(self._core, self._context, self._kv, 1, *self._tier, heads=self._heads)
         return _Sequence(cache, self._core, True, state)
 
 

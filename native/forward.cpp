@@ -94,7 +94,7 @@ void Decoder::Pass::attention(uint32_t layer) {
   barrier_before_attention(layer);
   if (!one)
     attend_many(layer);
-  else if (cache.records(layer))
+  else if (cache.selects(layer))
     attend_sparse(layer);
   else
     attend_one(layer);
