@@ -11,14 +11,15 @@
 namespace edgert {
 namespace {
 
-// Pages that enter the set at a step: their reads should end before the step does.
+// Pages that enter the set at a step: their reads should end before the next step does.
 constexpr uint32_t kEntering = 8;
 // What a step leaves of a page's worth. The largest of any head instead of the sum over heads, or a mean over steps
 // instead of what is left of the largest, lose more (docs/kernel-log.md).
 constexpr float kFade = 0.9f;
 // Pages without an index: what is always read, a block that is not yet complete, and a pass.
 constexpr uint32_t kTail = 50;
-constexpr char kEnters = 2;  // of a saved set
+constexpr char kEnters = 2;              // of a saved set
+constexpr char kStale = 1, kAtOnce = 2;  // its last byte
 
 size_t largest(const std::vector<size_t>& sizes) { return *std::max_element(sizes.begin(), sizes.end()); }
 
@@ -47,10 +48,13 @@ Tier::Tier(const TierShape& shape, const std::vector<size_t>& section_bytes, uin
 
 void Tier::begin(uint32_t pages, bool sparse) {
   if (sparse) {
-    if (stale_) choose(UINT32_MAX);
-    for (const uint32_t page : wanted_) store_.need(page);
-    for (const uint32_t page : entering_) readable_[page] = 1;
-    entering_.clear();
+    if (stale_) {
+      choose(UINT32_MAX);
+      at_once_ = true;
+    }
+    if (at_once_) enter();
+    for (const uint32_t page : wanted_)
+      if (readable_[page]) store_.need(page);
   }
   while (store_.pages() < pages) {
     store_.add();
@@ -61,7 +65,16 @@ void Tier::begin(uint32_t pages, bool sparse) {
   for (uint32_t page = 0; page < pages; ++page) all_resident_ &= store_.resident(page) != nullptr;
 }
 
+// Waits for the pages that enter the set.
+void Tier::enter() {
+  for (const uint32_t page : entering_) store_.need(page);
+  for (const uint32_t page : entering_) readable_[page] = 1;
+  entering_.clear();
+  at_once_ = false;
+}
+
 void Tier::end(uint32_t indexed, bool sparse, const float* worth, uint32_t heads, uint32_t stride) {
+  if (sparse) enter();  // what was read while this step ran, which the next may choose from
   for (uint32_t page = 0; page < sealed_; ++page) {
     float sum = 0;
     for (uint32_t head = 0; head < heads; ++head) sum += worth[size_t(head) * stride + page];
@@ -188,7 +201,7 @@ void Tier::copy(uint32_t page, uint8_t* dst) {
 }
 
 std::string Tier::save(uint32_t pages) const {
-  std::string out(pages * sizeof(float) + pages + 1, char(stale_));
+  std::string out(pages * sizeof(float) + pages + 1, char(stale_ ? kStale : at_once_ ? kAtOnce : 0));
   std::memcpy(out.data(), worth_.data(), pages * sizeof(float));
   char* const in_set = out.data() + pages * sizeof(float);
   std::memcpy(in_set, readable_.data(), pages);
@@ -223,7 +236,8 @@ void Tier::restore(const std::string& state) {
     in_set_ += page > 0 && in_set[page] != 0;
   }
   // A set of other capacity is chosen anew.
-  stale_ = state.back() != 0 || in_set_ != std::min(capacity_, sealed_ - std::min(sealed_, 1u));
+  at_once_ = state.back() == kAtOnce;
+  stale_ = state.back() == kStale || in_set_ != std::min(capacity_, sealed_ - std::min(sealed_, 1u));
   want();
 }
 

@@ -44,7 +44,8 @@ class Tier {
   // Before a pass that ends with `pages` pages; `sparse`: it reads of the set alone. What is resident() stays it
   // until end() or rewind(). Throws EngineError; the pages that were there are unchanged then.
   void begin(uint32_t pages, bool sparse);
-  // After it, when `indexed` pages have an index. `worth` is what each was to a KV head, [heads][stride].
+  // After it, when `indexed` pages have an index. `worth` is what each was to a KV head, [heads][stride]. Throws
+  // EngineError when a page that enters cannot be read; the pass may be run again then.
   void end(uint32_t indexed, bool sparse, const float* worth, uint32_t heads, uint32_t stride);
   // Keeps `pages` pages, of which `indexed` have an index. Throws EngineError, nothing has changed then.
   void rewind(uint32_t pages, uint32_t indexed);
@@ -78,6 +79,7 @@ class Tier {
  private:
   void seal(uint32_t indexed);
   void choose(uint32_t most);
+  void enter();
   void want();
 
   const size_t section_bytes_;  // of the largest
@@ -92,7 +94,8 @@ class Tier {
   std::vector<uint32_t> entering_, order_, wanted_;
   uint32_t sealed_ = 0;  // pages with an index
   uint32_t in_set_ = 0;  // pages in the set or about to enter, beside the first
-  bool stale_ = false;   // the set was not chosen after the last pass
+  bool stale_ = false;    // the set was not chosen after the last pass
+  bool at_once_ = false;  // what enters does so before the next step, not behind it
   bool all_resident_ = true;
 };
 
