@@ -24,18 +24,20 @@ def check_head(head: str, probes: int) -> None:
 
 
 def choose_sidecar(path: str, head: str, engine: str) -> Sidecar | None:
-    """The sidecar to use for ``head``, opened. Raises UsageError when one is needed and there is none,
-    ModelFileError when it is damaged or belongs to another file than ``path``."""
+    """The sidecar to use for ``head``, opened; None for the dense head. Raises UsageError when one is needed
+    and there is none, ModelFileError when it is damaged or belongs to another file than ``path``."""
     found = None if head == "dense" or engine == "llamacpp" else find_sidecar(Path(path))
     if found is not None:
         from .sidecar import Sidecar
 
-        return Sidecar(found, Path(path))
+        sidecar = Sidecar(found, Path(path))
+        if sidecar.recipe:
+            return sidecar
     if head in ("flash", "exact"):
         if engine == "llamacpp":
             raise UsageError(f"head={head!r} needs the native engine; drop engine='llamacpp'")
         raise UsageError(
-            f"{path} has no sidecar, which head={head!r} needs: make one with "
+            f"{path} has no sidecar with a FlashHead, which head={head!r} needs: make one with "
             f"`edgert export {path} --flash-head`, or use head='dense'"
         )
     return None

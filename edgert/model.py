@@ -17,6 +17,7 @@ from .engines import check_options, engine_for
 from .engines.base import Engine
 from .errors import ModelFileError, UnsupportedModelError, UsageError
 from .generate import Reply, Stream
+from .head_classes import ALL_INDEXED, check_heads
 from .heads import check_head, choose_sidecar
 from .locate import model_path
 from .placement import check_memory, make_tier
@@ -38,6 +39,7 @@ def load(
     probes: int = 0,
     attention: str = "full",
     budget: int = 0,
+    heads: str | PathLike[str] = "auto",
     memory: int | None = None,
     page_directory: str | PathLike[str] | None = None,
     page_limit: int | None = None,
@@ -56,34 +58,38 @@ def load(
     ``probes``: clusters that flash scores (0: the sidecar's number). ``attention``: "full", or "sparse", in
     which a decode step reads ``budget`` past tokens for each KV head (0: the default), those that a small
     index finds worth it, beside the first and the latest ones; prompts are read in full; or "exact", which
-    drafts with such steps and gives the tokens of full attention. ``memory``: the most bytes the process may
-    take with one session, whatever its context; with sparse or exact attention keys and values that do not
-    fit go to a file in ``page_directory`` (None: in edgert's cache) of at most ``page_limit`` bytes (None: as
-    many as it takes), and a step chooses among those in memory, which change with what the tokens before it
-    looked for. Raises UsageError, ModelFileError,
-    UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
-    model with a session of ``context`` does not fit the memory there is.
+    drafts with such steps and gives the tokens of full attention. ``heads``: what each KV head keeps and
+    reads under sparse attention: "auto", as the model's sidecar says if it does (``edgert heads``);
+    "sidecar", the same or an error; "none", all choose; or the path of a pattern file. ``memory``: the most
+    bytes the process may take with one session, whatever its context; with sparse or exact attention keys and
+    values that do not fit go to a file in ``page_directory`` (None: in edgert's cache) of at most
+    ``page_limit`` bytes (None: as many as it takes), and a step chooses among those in memory, which change
+    with what the tokens before it looked for. Raises UsageError, ModelFileError, UnsupportedModelError,
+    TokenizerError or EngineError; PlanError, before anything is allocated, when the model with a session of
+    ``context`` does not fit the memory there is.
     """
     check_head(head, probes)
     check_options(engine, threads, kv)
     check_memory(memory, engine)
     chosen = choose_budget(attention, budget, engine)
+    check_heads(heads, attention)
     file = _native.GgufFile(str(model_path(name_or_path)))
     trained = _trained_context(file)
     check_context(context, trained)
     sidecar = choose_sidecar(file.path, head, engine)
-    slots = 0
+    slots, classes = 0, ALL_INDEXED
     if engine != "llamacpp":
         with contextlib.suppress(UnsupportedModelError):  # the choice of an engine says what to do
-            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention)
+            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention, heads)
             context, slots = choose_context(case, context, memory)
+            classes = case.heads
             del case
     context = context or trained
     metadata = file.metadata
     tokenizer = _TokenizerLoader(metadata)
     tokenizer.start()
     tier = make_tier(slots, page_directory, page_limit)
-    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier)
+    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier, classes)
     if head == "auto":
         head = "flash" if sidecar and loaded.name == "native" else "dense"
     return Model(
@@ -237,6 +243,9 @@ class Model:
         self._fingerprint = self._fingerprint or fingerprint(self.path)
         # A cache with an index is laid out in another way, and sparse steps leave other keys and values.
         kind = {} if self.attention == "full" else {"attention": self.attention}
+        heads = getattr(self.engine, "heads", ALL_INDEXED)
+        if heads.classes:
+            kind["heads"] = heads.digest
         return {"model": self._fingerprint, "engine": self.engine.name, "kv": self.kv, **kind}
 
     def close(self) -> None:

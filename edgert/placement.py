@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
+from .head_classes import INDEXED
 from .locate import cache_dir
 from .tier import IN_MEMORY, Tier
 
@@ -42,7 +43,9 @@ def place(case: Case, context: int, available: int) -> Case:
     def tiered(slots: int) -> Case:
         return replace(case, slots=slots)
 
-    _, low = case.sizes.tier(context, case.kv, case.chosen, 1)
+    if case.heads.classes and not case.heads.count(INDEXED):
+        return case  # no head chooses what it reads
+    _, low = case.sizes.tier(context, case.kv, case.chosen, 1, case.heads)
     high = -(-context // PAGE)
     if low > high or tiered(low).needed(context) > room:
         return case

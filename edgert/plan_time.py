@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .cost import page_bytes
+from .head_classes import FULL, INDEXED, SINKS, STREAMING
 from .rates import BARRIER, MANY, PAGE_READS, READS, SCATTERED, SECTION_READS, TOKEN
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
     body = _overlapped("body", sizes.step_body_bytes, _seconds_of_body(case, rates, 1), rates)
     # Pages are short: what they cost in arithmetic hides little of the reading (measured: the sum).
     read, pairs = (
-        sizes.kv_step(length, length, case.kv, case.chosen),
+        sizes.kv_step(length, length, case.kv, case.chosen, case.heads),
         _pairs(case, length, rates, case.chosen),
     )
     pairs += _choosing(case, rates, length)
@@ -147,11 +148,14 @@ def _pairs(case: Case, length: int, rates: Rates, chosen: int = 0) -> float:
     ``chosen`` and the always read ones (0: all)."""
     spec = case.spec
     seconds = 0.0
-    for layer in spec.layers:
+    for i, layer in enumerate(spec.layers):
         if layer.kind == "attention":
-            seen = min(length, layer.window or length)
-            if chosen and not layer.window:
-                seen = min(seen, chosen + ALWAYS)
+            seen: float = min(length, layer.window or length)
+            if not layer.window:
+                choosing = min(length, chosen + ALWAYS) if chosen else length
+                reads = {INDEXED: choosing, FULL: length, STREAMING: min(length, case.heads.window + SINKS)}
+                classes = case.heads.classes[i] if case.heads.classes else [INDEXED]
+                seen = sum(reads[kind] for kind in classes) / len(classes)
             seconds += (
                 spec.n_heads * seen / rates.pairs(case.kv, spec.head_dim, spec.n_heads // layer.n_kv_heads)
             )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _native
 from .errors import PlanError, UsageError
+from .head_classes import ALL_INDEXED, INDEXED, NAMES, SINKS, HeadClasses, choose_heads
 from .locate import model_path
 from .placement import check_memory, longest, longest_placed, place, regimes
 
@@ -144,6 +145,7 @@ def plan(
     probes: int = 0,
     attention: str = "full",
     budget: int = 0,
+    heads: str | PathLike[str] = "auto",
 ) -> Plan:
     """The cost of running ``model`` (as in :func:`edgert.load`) with the native engine, from the headers of
     its files.
@@ -170,7 +172,7 @@ def plan(
     check_head(head, probes)
     file = _native.GgufFile(str(model_path(model)))
     sidecar = choose_sidecar(file.path, head, "native")
-    case = Case.read(file, sidecar, rates.lanes, rates.threads, kv, head, probes, chosen, attention)
+    case = Case.read(file, sidecar, rates.lanes, rates.threads, kv, head, probes, chosen, attention, heads)
     check_context(context, case.trained_context)
     context = context or case.trained_context
     if memory is not None:
@@ -217,6 +219,7 @@ class Case:
     head: str
     chosen: int  # past tokens that a step chooses for each KV head; 0: it reads all
     attention: str
+    heads: HeadClasses = ALL_INDEXED  # what each KV head keeps and reads
     slots: int = 0  # pages of keys and values in memory, the others on the disk; 0: all are
 
     @classmethod
@@ -231,9 +234,11 @@ class Case:
         probes: int,
         chosen: int = 0,
         attention: str = "full",
+        heads: str | PathLike[str] = "auto",
     ) -> Case:
         """Options are checked by the caller; ``lanes`` and ``threads`` 0 are those that would run here.
-        Raises ModelFileError, UnsupportedModelError; UsageError when ``kv`` cannot hold the heads."""
+        Raises ModelFileError, UnsupportedModelError; UsageError when ``kv`` cannot hold the heads or
+        ``heads`` are not this model's."""
         from .cost import check_kv
         from .engines import native_spec
         from .platforms.detect import detect_threads
@@ -246,7 +251,8 @@ class Case:
         tensors = tuple((t.name, t.type, math.prod(t.shape)) for t in file.tensors)
         sizes = _native.Sizes(file, spec.as_dict(), threads, sidecar.file if sidecar else None, lanes)
         budget = sidecar.budget(probes) if sidecar else (0, 0)
-        return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head, chosen, attention)
+        classes = choose_heads(heads, file.path, spec, attention)
+        return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head, chosen, attention, classes)
 
     @property
     def trained_context(self) -> int:
@@ -280,18 +286,22 @@ class Case:
     def _activations(self, context: int) -> int:
         # What confirms with the whole head is that of the exact head.
         head = "exact" if self.attention == "exact" and self.head == "dense" else self.head
-        return self.sizes.activations(context, head, *self.budget, self.kv, self.chosen)
+        return self.sizes.activations(context, head, *self.budget, self.kv, self.chosen, self.heads)
 
     def _kv(self, context: int) -> list[Part]:
-        shares, index, conv = self.sizes.kv(context, context, self.kv, self.chosen)
+        shares, index, conv = self.sizes.kv(context, context, self.kv, self.chosen, self.heads)
         layers = [layer.window for layer in self.spec.layers if layer.kind == "attention"]
         parts = []
-        for window, size in shares:
+        for window, size, kind, heads in shares:
             n = layers.count(window)
             what = f"{n} layers with a window of {window}" if window else f"{n} full layers"
             note = self.kv
-            if self.slots and not window:
-                size, _ = self.sizes.tier(context, self.kv, self.chosen, self.slots)
+            if heads:
+                what = f"{heads} {NAMES[kind]} heads"
+            if heads and window:
+                note += f", the first {SINKS} tokens and the last {window}"
+            if self.slots and not window and kind == INDEXED:
+                size, _ = self.sizes.tier(context, self.kv, self.chosen, self.slots, self.heads)
                 note += f", {self.slots} pages of 16 tokens; the others on the disk"
             parts.append(Part(f"KV cache, {what}", size, note))
         parts.append(Part("KV cache, index", index, "two bits a channel"))

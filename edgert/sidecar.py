@@ -13,33 +13,44 @@
     edgert.head.tokens          i32 array, token of each row of the head in cluster order, -1: padding
     edgert.head.special         i32 array, tokens that are always scored
     edgert.head.quality         string, JSON: what was measured on held-out text
+    edgert.heads.window         u32, latest tokens that streaming heads read
+    edgert.heads.classes        i32 array, class of each KV head (edgert/head_classes.py), layer by layer,
+                                with as many columns as any layer has KV heads
+    edgert.heads.quality        string, JSON: what was measured of them
 
-and its tensors are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], for "lowrank"
-``head.projection`` [rank, dim] with ``head.rows`` [rows, rank], and for both all four;
-``FlashHead`` in ``native/decoder.h`` says what they mean, and ``native/weights.cpp`` checks them.
+The keys of ``edgert.head``, a FlashHead, or those of ``edgert.heads``, classes of KV heads, may be missing.
+The tensors of a FlashHead are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], for "lowrank"
+``head.projection`` [rank, dim] with ``head.rows`` [rows, rank], and for both all four; ``FlashHead`` in
+``native/decoder.h`` says what they mean, and ``native/weights.cpp`` checks them.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _native
 from .errors import ModelFileError
+from .head_classes import NAMES, SINKS, STREAMING, HeadClasses, seeing_all
 from .session_file import fingerprint
+
+if TYPE_CHECKING:
+    from .models import ModelSpec
 
 VERSION = 2  # 1 had one stage
 RECIPES = ("clusters", "lowrank", "clusters+lowrank")
+CLASSES = "edgert.heads.classes"
+HEADS = "have all heads indexed (--heads none)"
 
 
 class Sidecar:
-    """An open sidecar that belongs to the model at ``base``. Raises ModelFileError for any other."""
+    """An open sidecar that belongs to the model at ``base``. Raises ModelFileError for any other. Without a
+    FlashHead ``recipe`` is empty."""
 
     def __init__(self, path: Path, base: Path) -> None:
         self.path = path
         self.file = _native.GgufFile(str(path))
-        names = {t.name for t in self.file.tensors}
         version = self._read("edgert.version", int)
         if version != VERSION:
             raise self._refuse(
@@ -48,10 +59,18 @@ class Sidecar:
         size, found = self._read("edgert.base.bytes", int), base.stat().st_size
         if size != found or self._read("edgert.base.fingerprint", str) != fingerprint(base):
             raise self._refuse("edgert.base.fingerprint", f"it was made for another file than {base}")
-        self.probes: int = self._read("edgert.head.probes", int)
-        self.cluster_size: int = self._read("edgert.head.cluster_size", int)
-        self.recipe: str = self._read("edgert.head.recipe", str)
-        self.keep: int = self._read("edgert.head.keep", int)
+        self.probes = self.cluster_size = self.keep = 0
+        self.recipe = ""
+        keys = self.file.metadata_keys
+        if CLASSES not in keys or any(key.startswith("edgert.head.") for key in keys):
+            self._read_head()
+
+    def _read_head(self) -> None:
+        names = {t.name for t in self.file.tensors}
+        self.probes = self._read("edgert.head.probes", int)
+        self.cluster_size = self._read("edgert.head.cluster_size", int)
+        self.recipe = self._read("edgert.head.recipe", str)
+        self.keep = self._read("edgert.head.keep", int)
         if self.recipe not in RECIPES:
             raise self._refuse(
                 "edgert.head.recipe", f"expected one of {', '.join(RECIPES)}, found {self.recipe[:40]!r}"
@@ -89,6 +108,28 @@ class Sidecar:
         value = self.quality.get("agreement")
         return value if isinstance(value, float) and 0 <= value <= 1 else None
 
+    def heads(self, spec: ModelSpec) -> HeadClasses | None:
+        """The classes of KV heads, None when there are none. Raises ModelFileError when they are not those of
+        ``spec``."""
+        if CLASSES not in self.file.metadata_keys:
+            return None
+        window, flat = self._read("edgert.heads.window", int), self._read(CLASSES, list)
+        columns = max(layer.n_kv_heads for layer in spec.layers)
+        if len(flat) != spec.n_layers * columns:
+            raise self._refuse(
+                CLASSES, f"expected {spec.n_layers} rows of {columns}, found {len(flat)} numbers", HEADS
+            )
+        if not all(isinstance(kind, int) and 0 <= kind < len(NAMES) for kind in flat):
+            raise self._refuse(CLASSES, f"expected numbers from 0 to {STREAMING}", HEADS)
+        if window < SINKS:
+            raise self._refuse("edgert.heads.window", f"expected at least {SINKS}, found {window}", HEADS)
+        full = set(seeing_all(spec))
+        rows = [
+            flat[i * columns : i * columns + layer.n_kv_heads] if i in full else []
+            for i, layer in enumerate(spec.layers)
+        ]
+        return HeadClasses(window, rows)
+
     def _read(self, key: str, kind: type) -> Any:
         # One key at a time: as Python values the token of each row would take ten times its memory.
         value = self.file.get(key)
@@ -97,9 +138,11 @@ class Sidecar:
             raise self._refuse(key, f"expected {kind.__name__}, found {found}")
         return value
 
-    def _refuse(self, key: str, what: str) -> ModelFileError:
+    def _refuse(
+        self, key: str, what: str, instead: str = "use the dense head (--head dense)"
+    ) -> ModelFileError:
         return ModelFileError(
-            f"{self.path}: {key}: {what}; export the sidecar again, or use the dense head (--head dense)",
+            f"{self.path}: {key}: {what}; export the sidecar again, or {instead}",
             str(self.path),
             -1,
             key,

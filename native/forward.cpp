@@ -94,7 +94,7 @@ void Decoder::Pass::attention(uint32_t layer) {
   barrier_before_attention(layer);
   if (!one)
     attend_many(layer);
-  else if (cache.records(layer))
+  else if (cache.selects(layer))
     attend_sparse(layer);
   else
     attend_one(layer);
@@ -208,9 +208,15 @@ void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want wa
     const bool sparse = cache.selection().budget && n == 1 && !full;
     const uint32_t index = cache.selection().budget ? index_reach(cache, count) : 0;
     std::fill(sc.page_worth.begin(), sc.page_worth.end(), 0.0f);
+    for (Scratch::Private& p : sc.threads) p.picked = 0;
     cache.begin(start + count, sparse);
     pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now, sparse, index}.run(); });
     cache.end(start + count, sparse, index, sc.page_worth.data(), sc.worth_heads, sc.page_stride);
+    if (sparse) {
+      uint64_t picked = 0;
+      for (const Scratch::Private& p : sc.threads) picked += p.picked;
+      cache.set_picked(picked);
+    }
     if (now == Want::Last) score(scratch_->x + size_t(count - 1) * spec_.dim, 1, out);
     if (now == Want::All) score(scratch_->x, count, out + size_t(done) * spec_.vocab_size);
     if (now == Want::Hidden) std::memcpy(out + size_t(done) * spec_.dim, scratch_->x, size_t(count) * spec_.dim * sizeof(float));

@@ -22,6 +22,7 @@ VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULE
     "chat": "talk with a model",
     "pull": "fetch a model into the cache, or list those known by name",
     "export": "make a model's sidecar (its clustered vocabulary head), or a GGUF of a Hugging Face directory",
+    "heads": "find out which attention heads need the whole past, for sparse attention",
     "bench": "measure a model's speed and memory, beside other engines",
     "eval": "measure what a FlashHead or sparse attention loses against the whole of it",
     "plan": "say what a run will cost in memory and time, and whether it fits",
@@ -32,6 +33,7 @@ VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULE
 
 MODULES = {
     "export": "edgert.export.cli",
+    "heads": "edgert.export.heads_cli",
     "bench": "edgert.bench.cli",
     "eval": "edgert.bench.eval",
 }

@@ -53,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
         probes=args.probes,
         attention=args.attention,
         budget=args.budget,
+        heads=args.heads,
     )
     if args.json:
         import json

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgert import _native
 from edgert.errors import EngineError, ModelFileError, UnsupportedModelError, UsageError
+from edgert.head_classes import ALL_INDEXED, HeadClasses
 from edgert.platforms.detect import detect_threads
 from edgert.tier import IN_MEMORY, Tier
 
@@ -55,21 +56,22 @@ def engine_for(
     probes: int = 0,
     chosen: int = 0,
     tier: Tier = IN_MEMORY,
+    heads: HeadClasses = ALL_INDEXED,
 ) -> Engine:
     """Load an open file, whose ``metadata`` the caller has at hand, into an engine.
 
     "auto" is native for what native knows, else llamacpp if it is installed. ``context`` is the
     longest session that will be asked for (None: what the model was made for). ``sidecar`` and
-    ``probes`` (0: the sidecar's own number), ``chosen`` (past tokens that a step chooses; 0: it reads all)
-    and ``tier`` (where keys and values lie) are for native alone. Raises UsageError, UnsupportedModelError,
-    ModelFileError or EngineError.
+    ``probes`` (0: the sidecar's own number), ``chosen`` (past tokens that a step chooses; 0: it reads all),
+    ``tier`` (where keys and values lie) and ``heads`` (what KV heads keep) are for native alone. Raises
+    UsageError, UnsupportedModelError, ModelFileError or EngineError.
     """
     check_options(engine, threads, kv)
     threads = threads or detect_threads()
     if engine == "llamacpp":
         return _open_llamacpp(file.path, threads, context, kv)
     try:
-        return _open_native(file, metadata, threads, sidecar, probes, kv, chosen, tier)
+        return _open_native(file, metadata, threads, sidecar, probes, kv, chosen, tier, heads)
     except UnsupportedModelError as error:
         what = f"{file.path}: the native engine cannot run this model: {error}"
         if chosen:
@@ -101,10 +103,11 @@ def _open_native(
     kv: str,
     chosen: int,
     tier: Tier,
+    heads: HeadClasses,
 ) -> Engine:
     from .native import NativeEngine
 
-    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv, chosen, tier)
+    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv, chosen, tier, heads)
 
 
 def native_spec(file: _native.GgufFile, metadata: Mapping[str, Any]) -> ModelSpec:
