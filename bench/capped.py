@@ -54,7 +54,7 @@ from edgert.generate import peak_memory
 warnings.simplefilter("ignore")
 text, told = job["text"], job["prompt"]
 with edgert.load(
-    job["path"], attention="sparse", budget=job["budget"], context=len(text), head="dense",
+    job["path"], attention="sparse", heads="none", budget=job["budget"], context=len(text), head="dense",
     memory=job["memory"] or None, page_directory=job["directory"],
 ) as model, model.session() as session:
     began = time.perf_counter()
@@ -156,12 +156,15 @@ def measure(
         raise SystemExit(f"the text has {len(text)} tokens: {length} are needed")
     options: dict[str, Any] = {
         "attention": "sparse",
+        "heads": "none",
         "budget": budget,
         "context": length,
         "head": "dense",
     }
     free = plan(path, **options)
-    whole = context * page_bytes(native_spec(file, file.metadata)) // PAGE
+    spec = native_spec(file, file.metadata)
+    heads = sum(layer.n_kv_heads for layer in spec.layers if layer.kind == "attention" and not layer.window)
+    whole = context * page_bytes(spec, "f16", heads) // PAGE
     taken = sum(p.bytes for p in free.memory if p.name.endswith(("full layers", "KV cache, index")))
     cap = round((free.needed - taken + share * whole) / (1 - UNSURE))
     placed = plan(path, memory=cap, **options)

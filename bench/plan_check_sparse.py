@@ -44,7 +44,8 @@ job = json.load(sys.stdin)
 text, told, steps = job["text"], job["prompt"], job["steps"]
 with edgert.load(
     job["path"], engine="native", kv=job["kv"], head="dense", context=len(text), threads=job["threads"],
-    attention="sparse", budget=job["budget"], memory=job["memory"], page_directory=job["directory"],
+    attention="sparse", heads="none", budget=job["budget"],
+    memory=job["memory"], page_directory=job["directory"],
 ) as model, model.session() as session:
     session.prefill(text[:told], lambda: False)
     def tier():
@@ -104,7 +105,7 @@ def run(path: str, kv: str, context: int, budget: int, on_disk: bool, rates: Rat
     """One row: the process, and the plan for its length. None where nothing would lie on the disk."""
     length = context + TURNS * STEPS
     file = _native.GgufFile(path)
-    case = Case.read(file, None, rates.lanes, rates.threads, kv, "dense", 0, budget, "sparse")
+    case = Case.read(file, None, rates.lanes, rates.threads, kv, "dense", 0, budget, "sparse", "none")
     limit = limit_for(case, length) if on_disk else None
     if on_disk:
         if limit is None:

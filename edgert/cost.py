@@ -65,9 +65,8 @@ def weight_bytes(tensors: Iterable[SizedTensor]) -> WeightBytes:
     return WeightBytes(body, embedding, head)
 
 
-def page_bytes(spec: ModelSpec, kv: str = "f16") -> int:
-    """Bytes of a page of the disk tier: keys and values of 16 tokens in all layers that see everything."""
-    heads = sum(layer.n_kv_heads for layer in spec.layers if layer.kind == "attention" and not layer.window)
+def page_bytes(spec: ModelSpec, kv: str, heads: int) -> int:
+    """Bytes of a page of the disk tier: keys and values of 16 tokens in so many KV heads of all layers."""
     return round(16 * 2 * heads * spec.head_dim * KV_ELEMENT_BYTES[kv])
 
 

@@ -77,10 +77,11 @@ def _choosing(case: Case, rates: Rates, length: int) -> float:
     spec, seconds = case.spec, 0.0
     if not case.chosen or length <= case.chosen + ALWAYS:
         return seconds
-    for layer in spec.layers:
-        if layer.kind == "attention" and not layer.window:
-            pairs = rates.pairs(case.kv, spec.head_dim, spec.n_heads // layer.n_kv_heads)
-            seconds += CHOICE + SCAN * spec.n_heads * length / pairs
+    for layer, heads in zip(spec.layers, case.indexed_heads, strict=True):
+        if heads:
+            group = spec.n_heads // layer.n_kv_heads
+            pairs = rates.pairs(case.kv, spec.head_dim, group)
+            seconds += CHOICE + SCAN * heads * group * length / pairs
     return seconds
 
 
@@ -89,7 +90,7 @@ def _disk(case: Case, rates: Rates, length: int, behind: float) -> list[Step]:
     pages = -(-length // PAGE)
     if not case.slots or pages <= case.slots:
         return []
-    size = page_bytes(case.spec, case.kv)
+    size = page_bytes(case.spec, case.kv, sum(case.indexed_heads))
     entering = min(ENTERING * (1 - case.slots / pages), MOST_ENTERING)
     read = round(entering * size)
     waits = max(rates.disk_seconds(entering, size, PAGE_READS) - behind, 0.0)
@@ -215,8 +216,8 @@ def _streamed(case: Case, rates: Rates, length: int, behind: float) -> list[Step
     away = -(-length // PAGE) - case.slots
     if not case.slots or away <= 0:
         return []
-    layers = sum(layer.kind == "attention" and not layer.window for layer in case.spec.layers)
-    size = page_bytes(case.spec, case.kv) // layers
+    layers = sum(heads > 0 for heads in case.indexed_heads)
+    size = page_bytes(case.spec, case.kv, sum(case.indexed_heads)) // layers
     waits = max(rates.disk_seconds(away * layers, size, SECTION_READS) - behind, 0.0)
     read = away * layers * size
     return [Step("disk", waits + read * FROM_DISK, read, "disk")]

@@ -258,6 +258,14 @@ class Case:
     def trained_context(self) -> int:
         return self.spec.context_length
 
+    @property
+    def indexed_heads(self) -> list[int]:
+        """By layer, the KV heads that sparse attention chooses tokens for."""
+        if self.heads.classes:
+            return [row.count(INDEXED) for row in self.heads.classes]
+        seeing = [layer.kind == "attention" and not layer.window for layer in self.spec.layers]
+        return [layer.n_kv_heads * sees for layer, sees in zip(self.spec.layers, seeing, strict=True)]
+
     def memory(self, context: int) -> tuple[Part, ...]:
         """The terms of the peak with one session that holds ``context`` tokens."""
         sizes, spec = self.sizes, self.spec
