@@ -94,8 +94,8 @@ def make_needles(
     tokenizer: Tokenizer, text: Sequence[int], length: int, apart: int, seed: int, questions: int = 6
 ) -> Needles:
     """Facts in the first part of ``text``, half of them sentences with a number and half random strings with
-    one; ``apart`` tokens and more lie between them and the questions. ``length`` tokens in all, more only where
-    that is too few for the questions."""
+    one; ``apart`` tokens and more lie between them and the questions. ``length`` tokens in all, more only
+    where that is too few for the questions."""
     rng = random.Random(seed)
     facts = [f"The {name} is" for name in rng.sample(_NAMES, questions - questions // 2)]
     facts += ["".join(rng.choices(_LETTERS, k=6)) + " ->" for _ in range(questions // 2)]
