@@ -20,11 +20,13 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "memory.h"
+#include "retrieval.h"
 #include "spec.h"
 #include "tier.h"
 
@@ -73,12 +75,16 @@ class KvCache {
   // the cache is unchanged then.
   void reserve(uint32_t length);
   // Before a pass up to `length` for which there is room, and after it, when the blocks below `blocks` have an index.
-  // `sparse`: it reads what is chosen. `worth` is what its tokens would give to the tokens of a page, [heads][stride].
+  // `sparse`: it reads what is chosen, in the layers from the one on before which enter() was called also of the pages that
+  // are new in the set of a tier. `predicted` and `worth` are what its tokens will and would give to the tokens of a page,
+  // [pages] or nullptr and [heads][stride].
   // begin() throws EngineError when pages cannot be had, end() when they could not be read; what the cache held before
   // the pass is unchanged then.
-  void begin(uint32_t length, bool sparse);
+  void begin(uint32_t length, bool sparse, const float* predicted = nullptr);
+  void enter();
   void end(uint32_t length, bool sparse, uint32_t blocks, const float* worth, uint32_t heads, uint32_t stride);
   Tier* tier() const { return tier_.get(); }
+  LastStates& states() { return *states_; }  // of a cache with a tier
   // Keeps positions below `length`; returns the length really kept, 0 when a window or a
   // convolution has already forgotten what lies before. Throws EngineError when a page cannot be read; the
   // cache is unchanged then.
@@ -154,6 +160,7 @@ class KvCache {
   };
   void make_tier(const ModelSpec& spec, const TierShape& shape);
   const Class* records() const;  // nullptr when there is none
+  void find_pieces();
   bool paged(const Class& c) const { return tier_ && c.tokens == kPageTokens; }
   static size_t pieces_of_slab(const Class& c);
   void grow(Class& c, size_t pieces);
@@ -173,6 +180,7 @@ class KvCache {
   std::vector<Class> classes_;
   Class index_;  // of all layers in records, a piece for each block
   std::unique_ptr<Tier> tier_;
+  std::optional<LastStates> states_;  // with a tier
   std::vector<Place> places_;
   Buffer conv_buffer_;
   float* conv_ = nullptr;

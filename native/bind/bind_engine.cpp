@@ -168,6 +168,7 @@ Bytes weight_parts(const Weights& w) {
   m["embedding"] = w.embedding_bytes;
   m["head"] = w.head_bytes;
   m["flash_head"] = w.flash.bytes + w.flash.table_bytes();
+  m["retrieval_head"] = w.retrieval.bytes;
   return m;
 }
 
@@ -195,12 +196,13 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Decoder* self, const GgufFile& file, nb::typed<nb::dict, nb::str, nb::any> spec, uint32_t threads,
-             const GgufFile* sidecar) {
+             const GgufFile* sidecar, const GgufFile* retrieval) {
             const ModelSpec s = to_spec(spec);
             nb::gil_scoped_release release;
-            new (self) Decoder(file, s, threads, sidecar);
+            new (self) Decoder(file, s, threads, {sidecar, retrieval});
           },
-          nb::arg("file"), nb::arg("spec"), nb::arg("threads") = 0, nb::arg("sidecar").none() = nb::none())
+          nb::arg("file"), nb::arg("spec"), nb::arg("threads") = 0, nb::arg("sidecar").none() = nb::none(),
+          nb::arg("retrieval").none() = nb::none(), "`sidecar`: the file of a FlashHead; `retrieval`: that of a retrieval head.")
       .def_prop_ro("threads", &Decoder::threads)
       .def_prop_ro("isa", [](const Decoder& d) { return isa_name(d.isa()); })
       .def_prop_ro("vocab_size", [](const Decoder& d) { return d.spec().vocab_size; })
@@ -236,10 +238,11 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Sizes* self, const GgufFile& file, nb::typed<nb::dict, nb::str, nb::any> spec, uint32_t threads,
-             const GgufFile* sidecar, uint32_t lanes) {
-            new (self) Sizes(file, to_spec(spec), threads, sidecar, lanes ? lanes : kernels_for(isa_select()).lanes);
+             const GgufFile* sidecar, uint32_t lanes, const GgufFile* retrieval) {
+            new (self) Sizes(file, to_spec(spec), threads, {sidecar, retrieval}, lanes ? lanes : kernels_for(isa_select()).lanes);
           },
           nb::arg("file"), nb::arg("spec"), nb::arg("threads"), nb::arg("sidecar").none() = nb::none(), nb::arg("lanes") = 0,
+          nb::arg("retrieval").none() = nb::none(),
           "`lanes`: floats of a vector at the ISA level meant, 8 or 16; 0: the one that would run here.")
       .def("weights", [](const Sizes& s) { return weight_parts(s.weights()); }, "Bytes of packed weights by part.")
       .def_prop_ro("arena_bytes", &Sizes::arena_bytes, "Bytes of the buffer that holds them all.")
