@@ -30,12 +30,27 @@ def choose_sidecar(path: str, head: str, engine: str) -> Sidecar | None:
     if found is not None:
         from .sidecar import Sidecar
 
-        return Sidecar(found, Path(path))
+        sidecar = Sidecar(found, Path(path))
+        if sidecar.recipe:
+            return sidecar
     if head in ("flash", "exact"):
         if engine == "llamacpp":
             raise UsageError(f"head={head!r} needs the native engine; drop engine='llamacpp'")
         raise UsageError(
-            f"{path} has no sidecar, which head={head!r} needs: make one with "
+            f"{path} has no sidecar with a FlashHead, which head={head!r} needs: make one with "
             f"`edgert export {path} --flash-head`, or use head='dense'"
         )
     return None
+
+
+def choose_retrieval(path: str, chosen: int, memory: int | None) -> Sidecar | None:
+    """The sidecar whose retrieval head to use, opened: where keys and values may go to a disk, which takes sparse attention
+    (``chosen``) and a limit of ``memory``, and the sidecar of ``path`` has one that chooses better than past votes. Raises ModelFileError when it is
+    damaged or belongs to another file."""
+    found = find_sidecar(Path(path)) if chosen and memory is not None else None
+    if found is None:
+        return None
+    from .sidecar import Sidecar
+
+    sidecar = Sidecar(found, Path(path))
+    return sidecar if sidecar.predictor == "head" else None

@@ -17,7 +17,7 @@ from .engines import check_options, engine_for
 from .engines.base import Engine
 from .errors import ModelFileError, UnsupportedModelError, UsageError
 from .generate import Reply, Stream
-from .heads import check_head, choose_sidecar
+from .heads import check_head, choose_retrieval, choose_sidecar
 from .locate import model_path
 from .placement import check_memory, make_tier
 from .planner import Case, check_context, choose_context
@@ -60,8 +60,8 @@ def load(
     take with one session, whatever its context; with sparse or exact attention keys and values that do not
     fit go to a file in ``page_directory`` (None: in edgert's cache) of at most ``page_limit`` bytes (None: as
     many as it takes), and a step chooses among those in memory, which change with what the tokens before it
-    looked for. Raises UsageError, ModelFileError,
-    UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
+    looked for, and with a retrieval head in its sidecar (``edgert export --retrieval-head``) with what the next one
+    is going to look for. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
     model with a session of ``context`` does not fit the memory there is.
     """
     check_head(head, probes)
@@ -72,10 +72,11 @@ def load(
     trained = _trained_context(file)
     check_context(context, trained)
     sidecar = choose_sidecar(file.path, head, engine)
+    retrieval = choose_retrieval(file.path, chosen, memory)
     slots = 0
     if engine != "llamacpp":
         with contextlib.suppress(UnsupportedModelError):  # the choice of an engine says what to do
-            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention)
+            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention, retrieval)
             context, slots = choose_context(case, context, memory)
             del case
     context = context or trained
@@ -83,7 +84,7 @@ def load(
     tokenizer = _TokenizerLoader(metadata)
     tokenizer.start()
     tier = make_tier(slots, page_directory, page_limit)
-    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier)
+    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier, retrieval)
     if head == "auto":
         head = "flash" if sidecar and loaded.name == "native" else "dense"
     return Model(

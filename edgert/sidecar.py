@@ -13,10 +13,17 @@
     edgert.head.tokens          i32 array, token of each row of the head in cluster order, -1: padding
     edgert.head.special         i32 array, tokens that are always scored
     edgert.head.quality         string, JSON: what was measured on held-out text
+    edgert.retrieval.layers     i32 array, layer of each head whose queries a retrieval head predicts
+    edgert.retrieval.heads      i32 array, its number among the layer's heads of keys
+    edgert.retrieval.predictor  string, "head" or "votes": what chooses pages better
+    edgert.retrieval.quality    string, JSON: what was measured with either on held-out text
 
-and its tensors are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], for "lowrank"
+The keys of ``edgert.head``, a FlashHead, or those of ``edgert.retrieval`` may be missing.
+The tensors of a FlashHead are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], for "lowrank"
 ``head.projection`` [rank, dim] with ``head.rows`` [rows, rank], and for both all four;
-``FlashHead`` in ``native/decoder.h`` says what they mean, and ``native/weights.cpp`` checks them.
+``FlashHead`` in ``native/decoder.h`` says what they mean, and ``native/weights.cpp`` checks them. The retrieval
+head's are ``retrieval.down`` [rank, 2 * dim], ``retrieval.up`` [queries, rank], ``retrieval.bias`` [queries] and
+``retrieval.worth`` [heads]: ``native/retrieval.h``.
 """
 
 from __future__ import annotations
@@ -31,15 +38,17 @@ from .session_file import fingerprint
 
 VERSION = 2  # 1 had one stage
 RECIPES = ("clusters", "lowrank", "clusters+lowrank")
+PREDICTORS = ("head", "votes")
+RETRIEVAL = "edgert.retrieval.predictor"
 
 
 class Sidecar:
-    """An open sidecar that belongs to the model at ``base``. Raises ModelFileError for any other."""
+    """An open sidecar that belongs to the model at ``base``. Raises ModelFileError for any other. Without a
+    FlashHead ``recipe`` is empty, without a retrieval head ``predictor``."""
 
     def __init__(self, path: Path, base: Path) -> None:
         self.path = path
         self.file = _native.GgufFile(str(path))
-        names = {t.name for t in self.file.tensors}
         version = self._read("edgert.version", int)
         if version != VERSION:
             raise self._refuse(
@@ -48,10 +57,26 @@ class Sidecar:
         size, found = self._read("edgert.base.bytes", int), base.stat().st_size
         if size != found or self._read("edgert.base.fingerprint", str) != fingerprint(base):
             raise self._refuse("edgert.base.fingerprint", f"it was made for another file than {base}")
-        self.probes: int = self._read("edgert.head.probes", int)
-        self.cluster_size: int = self._read("edgert.head.cluster_size", int)
-        self.recipe: str = self._read("edgert.head.recipe", str)
-        self.keep: int = self._read("edgert.head.keep", int)
+        self.probes = self.cluster_size = self.keep = 0
+        self.recipe = self.predictor = ""
+        keys = self.file.metadata_keys
+        if RETRIEVAL in keys:
+            self._read_retrieval()
+        if RETRIEVAL not in keys or any(key.startswith("edgert.head.") for key in keys):
+            self._read_head()
+
+    def _read_retrieval(self) -> None:
+        self.predictor = self._read(RETRIEVAL, str)
+        if self.predictor not in PREDICTORS:
+            what = f"expected one of {', '.join(PREDICTORS)}, found {self.predictor[:40]!r}"
+            raise self._refuse(RETRIEVAL, what, "remove it")
+
+    def _read_head(self) -> None:
+        names = {t.name for t in self.file.tensors}
+        self.probes = self._read("edgert.head.probes", int)
+        self.cluster_size = self._read("edgert.head.cluster_size", int)
+        self.recipe = self._read("edgert.head.recipe", str)
+        self.keep = self._read("edgert.head.keep", int)
         if self.recipe not in RECIPES:
             raise self._refuse(
                 "edgert.head.recipe", f"expected one of {', '.join(RECIPES)}, found {self.recipe[:40]!r}"
@@ -73,14 +98,13 @@ class Sidecar:
 
     @property
     def quality(self) -> dict[str, Any]:
-        """What the exporter measured on held-out text."""
-        try:
-            quality = json.loads(self._read("edgert.head.quality", str))
-        except ValueError:
-            quality = None
-        if not isinstance(quality, dict):
-            raise self._refuse("edgert.head.quality", "expected a JSON object")
-        return quality
+        """What the exporter measured of the FlashHead on held-out text."""
+        return self._json("edgert.head.quality")
+
+    @property
+    def retrieval_quality(self) -> dict[str, Any]:
+        """What the exporter measured of the retrieval head, and of choosing without it, on held-out text."""
+        return self._json("edgert.retrieval.quality")
 
     @property
     def agreement(self) -> float | None:
@@ -97,9 +121,20 @@ class Sidecar:
             raise self._refuse(key, f"expected {kind.__name__}, found {found}")
         return value
 
-    def _refuse(self, key: str, what: str) -> ModelFileError:
+    def _json(self, key: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self._read(key, str))
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise self._refuse(key, "expected a JSON object")
+        return value
+
+    def _refuse(
+        self, key: str, what: str, instead: str = "use the dense head (--head dense)"
+    ) -> ModelFileError:
         return ModelFileError(
-            f"{self.path}: {key}: {what}; export the sidecar again, or use the dense head (--head dense)",
+            f"{self.path}: {key}: {what}; export the sidecar again, or {instead}",
             str(self.path),
             -1,
             key,

@@ -15,19 +15,17 @@ from typing import Any
 import numpy as np
 from edgert.export.calibration_text import Domain, load_domains
 from edgert.export.clusters import UNIT, Ids, Matrix, Metric, bisect, cluster_logits, fit_routers
-from edgert.export.gguf_writer import Tensor, Value, write_gguf
+from edgert.export.gguf_writer import Tensor, Value
 from edgert.export.head_quality import Ranking, Truth, find_truth
 from edgert.export.quantise import dequantise, q4_0, q4_0_for, q8_0
+from edgert.export.sidecar_file import write_part
 from edgert.export.states import OWN_PREFIX, OWN_TOKENS, HeadInputs
 
 from edgert import _native
-from edgert.download import file_sha256
 from edgert.engines import open_engine
 from edgert.engines.native import NativeEngine
 from edgert.errors import UnsupportedModelError, UsageError
 from edgert.locate import sidecar_path
-from edgert.session_file import fingerprint
-from edgert.sidecar import VERSION
 from edgert.tokenizer import Tokenizer
 
 SIZES, RANKS = (16, 32, 64), (128, 256)
@@ -131,11 +129,6 @@ def export_flash_head(
     quality = head.quality(best, report)
     note(_agreements(quality, best))
     metadata: dict[str, Value] = {
-        "general.architecture": "edgert",
-        "edgert.version": VERSION,
-        "edgert.base.bytes": model.stat().st_size,
-        "edgert.base.fingerprint": fingerprint(model),
-        "edgert.base.sha256": file_sha256(model),
         "edgert.head.recipe": best.name,
         "edgert.head.cluster_size": best.size,
         "edgert.head.probes": best.probes,
@@ -144,7 +137,8 @@ def export_flash_head(
         "edgert.head.special": special,
         "edgert.head.quality": json.dumps(quality),
     }
-    write_gguf(target, metadata, [_whole(t, head.padded(best.size).size) for t in best.tensors])
+    tensors = [_whole(t, head.padded(best.size).size) for t in best.tensors]
+    write_part(target, model, "edgert.head.", "head.", metadata, tensors)
     return Exported(target, quality, tried)
 
 

@@ -55,13 +55,14 @@ def engine_for(
     probes: int = 0,
     chosen: int = 0,
     tier: Tier = IN_MEMORY,
+    retrieval: Sidecar | None = None,
 ) -> Engine:
     """Load an open file, whose ``metadata`` the caller has at hand, into an engine.
 
     "auto" is native for what native knows, else llamacpp if it is installed. ``context`` is the
     longest session that will be asked for (None: what the model was made for). ``sidecar`` and
     ``probes`` (0: the sidecar's own number), ``chosen`` (past tokens that a step chooses; 0: it reads all)
-    and ``tier`` (where keys and values lie) are for native alone. Raises UsageError, UnsupportedModelError,
+    ``tier`` (where keys and values lie) and ``retrieval`` (what chooses among them) are for native alone. Raises UsageError, UnsupportedModelError,
     ModelFileError or EngineError.
     """
     check_options(engine, threads, kv)
@@ -69,7 +70,7 @@ def engine_for(
     if engine == "llamacpp":
         return _open_llamacpp(file.path, threads, context, kv)
     try:
-        return _open_native(file, metadata, threads, sidecar, probes, kv, chosen, tier)
+        return _open_native(file, metadata, threads, sidecar, probes, kv, chosen, tier, retrieval)
     except UnsupportedModelError as error:
         what = f"{file.path}: the native engine cannot run this model: {error}"
         if chosen:
@@ -101,10 +102,11 @@ def _open_native(
     kv: str,
     chosen: int,
     tier: Tier,
+    retrieval: Sidecar | None,
 ) -> Engine:
     from .native import NativeEngine
 
-    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv, chosen, tier)
+    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv, chosen, tier, retrieval)
 
 
 def native_spec(file: _native.GgufFile, metadata: Mapping[str, Any]) -> ModelSpec:
