@@ -100,6 +100,11 @@ class Decoder {
   Isa isa() const { return kernels_.isa; }
   size_t activation_bytes() const;
 
+  // What a retrieval head says the pages of a cache with a tier will be worth to a step with `token`, [pages with an
+  // index]; empty where it has nothing to say: without a head, while all pages may be read, and when the final
+  // state of the token before is not known.
+  std::vector<float> page_worth(KvCache& cache, int32_t token);
+
   enum class Want { None, Last, All, Hidden };
   // Appends n tokens to the cache. `out` receives vocab logits for the last token or for each, or the
   // head's input of each: dim floats of the final residual stream, in front of the last norm.

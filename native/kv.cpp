@@ -164,6 +164,12 @@ void KvCache::enter() {
   if (tier_ && tier_->enter()) find_pieces();
 }
 
+void KvCache::open_ends() {
+  if (!tier_ || !length_) return;
+  tier_->need_first();
+  find_pieces();
+}
+
 void KvCache::find_pieces() {
   for (Class& c : classes_) {
     if (!paged(c)) continue;

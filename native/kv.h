@@ -84,6 +84,8 @@ class KvCache {
   void enter();
   void end(uint32_t length, bool sparse, uint32_t blocks, const float* worth, uint32_t heads, uint32_t stride);
   Tier* tier() const { return tier_.get(); }
+  // Makes the records of the first and of the last tokens readable between two passes. Throws EngineError.
+  void open_ends();
   LastStates& states() { return *states_; }  // of a cache with a tier
   // Keeps positions below `length`; returns the length really kept, 0 when a window or a
   // convolution has already forgotten what lies before. Throws EngineError when a page cannot be read; the

@@ -94,10 +94,19 @@ const float* Decoder::predict(KvCache& cache, int32_t token) {
   if (!weights_.retrieval.rank || !tier || !tier->chooses() || !cache.indexed()) return nullptr;
   const float* const state = cache.length() ? cache.states().at(cache.length() - 1) : nullptr;
   if (!state) return nullptr;
+  cache.open_ends();
   pool_.run([&](Pool::Worker& w) {
     Pass{*this, cache, w, &token, 1, cache.length(), Want::None, true, 0}.predict(state);
   });
   return scratch_->retrieval_worth.data();
+}
+
+std::vector<float> Decoder::page_worth(KvCache& cache, int32_t token) {
+  check_ids({uint32_t(token)});
+  const std::lock_guard lock(turn_);
+  scratch_->reserve(spec_, weights_, cache, cache.length() + 1);
+  const float* const worth = predict(cache, token);
+  return worth ? std::vector<float>(worth, worth + cache.indexed() * kBlockPages) : std::vector<float>();
 }
 
 }  // namespace edgert

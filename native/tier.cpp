@@ -11,18 +11,15 @@ namespace edgert {
 namespace {
 
 // Pages that enter the set at a step: their reads should end before the layers begin that choose from them.
-#include <cstdlib>
-uint32_t env(const char* n, uint32_t d) { const char* v = getenv(n); return v ? uint32_t(atoi(v)) : d; }
-const uint32_t kEntering = env("X_ENTER", 8);
+constexpr uint32_t kEntering = 8;
 // What a step leaves of a page's worth. The largest of any head instead of the sum over heads, or a mean over steps
 // instead of what is left of the largest, lose more (docs/kernel-log.md).
-const float kFade = float(env("X_FADE", 90)) / 100;
+constexpr float kFade = 0.9f;
 // Pages without an index: what is always read, a block that is not yet complete, and a pass.
 constexpr uint32_t kTail = 50;
 
 }  // namespace
 
-static const float kAlpha = float(env("X_ALPHA", 100)) / 100;
 uint32_t Tier::least_slots(uint32_t budget) { return (budget + kPageTokens - 1) / kPageTokens + 2 * kEntering + kTail + 1; }
 
 size_t Tier::bytes(size_t section_bytes, uint32_t sections, uint32_t slots, uint32_t pages) {
@@ -47,7 +44,6 @@ Tier::Tier(const TierShape& shape, size_t section_bytes, uint32_t sections, uint
 void Tier::begin(uint32_t pages, bool sparse, const float* predicted) {
   if (sparse) {
     choose(stale_ ? UINT32_MAX : kEntering, predicted);
-    static const bool now = env("X_NOW", 0); if (now && !stale_) { for (const uint32_t page : entering_) store_.need(page); enter(); }
     for (uint32_t page = 0; page < sealed_; ++page)
       if (readable_[page]) store_.need(page);
     if (stale_) {
@@ -106,7 +102,7 @@ void Tier::seal(uint32_t indexed) {
 void Tier::choose(uint32_t most, const float* predicted) {
   value_.assign(worth_.begin(), worth_.begin() + sealed_);
   if (predicted)
-    for (uint32_t page = 0; page < sealed_; ++page) value_[page] += kAlpha * predicted[page];
+    for (uint32_t page = 0; page < sealed_; ++page) value_[page] += predicted[page];
   const auto better = [&](uint32_t a, uint32_t b) { return value_[a] != value_[b] ? value_[a] > value_[b] : a > b; };
   const auto outside = [&](uint32_t page) { return !readable_[page]; };
   order_.clear();

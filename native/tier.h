@@ -55,6 +55,7 @@ class Tier {
   // Keeps `pages` pages, of which `indexed` have an index. Throws EngineError, nothing has changed then.
   void rewind(uint32_t pages, uint32_t indexed);
 
+  void need_first() { store_.need(0); }  // the first page, between two passes. Throws EngineError
   uint8_t* resident(uint32_t page) const { return store_.resident(page); }
   bool readable(uint32_t page) const { return readable_[page]; }  // by a step, of those with an index
   bool all_resident() const { return all_resident_; }             // in the present pass

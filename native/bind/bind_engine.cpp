@@ -231,6 +231,17 @@ void bind_engine(nb::module_& m) {
            "The likeliest token of rows of hidden(), [n]: the arg max of dense(), the lowest id of equals.")
       .def("flash", &flash, nb::arg("hidden").noconvert(), nb::arg("probes"), nb::arg("keep"), nb::arg("more"),
            "(ids, logits) of one row of hidden(), [dim], by a FlashHead; see Decoder::flash.")
+      .def(
+          "page_worth",
+          [](Decoder& d, KvCache& cache, int32_t token) {
+            const std::vector<float> worth = d.page_worth(cache, token);
+            auto out = std::make_unique<float[]>(worth.size());
+            std::copy(worth.begin(), worth.end(), out.get());
+            return to_array(std::move(out), {worth.size()});
+          },
+          nb::arg("cache"), nb::arg("token"),
+          "What a retrieval head says the pages with an index will be worth to a step with `token`, [pages];\n"
+          "empty where it says nothing.")
       .def("among", &among, nb::arg("hidden").noconvert(), nb::arg("ids"),
            "(ids, logits) of the tokens `ids` alone, in no order: the bits of dense().");
 
@@ -317,6 +328,12 @@ void bind_engine(nb::module_& m) {
         return m;
       }, "Of the pages: how many there are, how many fit into memory and into the set of a step;\n"
          "what was read, written and waited for; whether the directory lies in memory. None without a tier.")
+      .def_prop_ro("page_set", [](const KvCache& c) {
+        std::vector<uint32_t> pages;
+        for (uint32_t page = 0; c.tier() && page < c.tier()->store().pages(); ++page)
+          if (c.readable(page)) pages.push_back(page);
+        return pages;
+      }, "The pages with an index that the last step of a tier could choose from.")
       .def_prop_ro("length", &KvCache::length)
       .def_prop_ro("context", &KvCache::context)
       .def_prop_ro("nbytes", &KvCache::bytes)
