@@ -60,8 +60,9 @@ def load(
     take with one session, whatever its context; with sparse or exact attention keys and values that do not
     fit go to a file in ``page_directory`` (None: in edgert's cache) of at most ``page_limit`` bytes (None: as
     many as it takes), and a step chooses among those in memory, which change with what the tokens before it
-    looked for, and with a retrieval head in its sidecar (``edgert export --retrieval-head``) with what the next one
-    is going to look for. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
+    looked for, and with a retrieval head in its sidecar (``edgert export --retrieval-head``) with what the
+    next one is going to look for. Raises UsageError, ModelFileError,
+    UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
     model with a session of ``context`` does not fit the memory there is.
     """
     check_head(head, probes)
@@ -84,7 +85,9 @@ def load(
     tokenizer = _TokenizerLoader(metadata)
     tokenizer.start()
     tier = make_tier(slots, page_directory, page_limit)
-    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier, retrieval)
+    loaded = engine_for(
+        file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier, retrieval
+    )
     if head == "auto":
         head = "flash" if sidecar and loaded.name == "native" else "dense"
     return Model(

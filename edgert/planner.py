@@ -269,7 +269,11 @@ class Case:
             Part("embedding", weights["embedding"], tied),
             Part("head", weights["head"]),
             Part("sidecar", weights["flash_head"], "FlashHead: routers, low-rank rows, tables"),
-            Part("retrieval head", weights["retrieval_head"], "of the sidecar: it chooses pages of the disk tier"),
+            Part(
+                "retrieval head",
+                weights["retrieval_head"],
+                "of the sidecar: it chooses pages of the disk tier",
+            ),
             *self._kv(context),
             Part("activations", self._activations(context), "buffers of a pass"),
             Part("logits", self._logits(), "of the tokens that are scored at once"),

@@ -18,13 +18,12 @@
     edgert.retrieval.predictor  string, "head" or "votes": what chooses pages better
     edgert.retrieval.quality    string, JSON: what was measured with either on held-out text
 
-The keys of ``edgert.head``, a FlashHead, or those of ``edgert.retrieval`` may be missing.
-The tensors of a FlashHead are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], for "lowrank"
-``head.projection`` [rank, dim] with ``head.rows`` [rows, rank], and for both all four;
-``FlashHead`` in ``native/decoder.h`` says what they mean, and ``native/weights.cpp`` checks them. The retrieval
-head's are ``retrieval.down`` [rank, 2 * dim], ``retrieval.up`` [queries, rank], ``retrieval.bias`` [queries] and
-``retrieval.worth`` [heads]: ``native/retrieval.h``.
-"""
+The keys of ``edgert.head``, a FlashHead, or those of ``edgert.retrieval`` may be missing. The tensors of a
+FlashHead are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], for "lowrank"
+``head.projection`` [rank, dim] with ``head.rows`` [rows, rank], and for both all four; ``FlashHead`` in
+``native/decoder.h`` says what they mean, and ``native/weights.cpp`` checks them. The retrieval head's are
+``retrieval.down`` [rank, 2 * dim], ``retrieval.up`` [queries, rank], ``retrieval.bias`` [queries] and
+``retrieval.worth`` [heads]: ``native/retrieval.h``."""
 
 from __future__ import annotations
 

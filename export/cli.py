@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="the sidecar with --flash-head or --retrieval-head, else the .gguf file; default: beside the model",
+        help="the sidecar where one is asked for, else the .gguf file; default: beside the model",
     )
     parser.add_argument("--cluster-size", type=int, metavar="N", help="tokens a cluster; default: searched")
     parser.add_argument("--probes", type=int, metavar="N", help="clusters scored; default: what reaches A")
@@ -136,11 +136,15 @@ def _retrieval_head(model: Path, args: argparse.Namespace) -> None:
     if args.json:
         import json
 
-        print(json.dumps({"path": str(done.path), "model": str(model), "predictor": done.predictor, **done.quality}))
+        print(
+            json.dumps(
+                {"path": str(done.path), "model": str(model), "predictor": done.predictor, **done.quality}
+            )
+        )
     else:
         print(
-            f"{done.path}: pages chosen by the {done.predictor} by default: KL {head['kl']:.4f} with the head, "
-            f"{votes['kl']:.4f} by past votes alone; {done.quality['parameters']:,} parameters"
+            f"{done.path}: {done.quality['parameters']:,} parameters; KL {head['kl']:.4f} with the head, "
+            f"{votes['kl']:.4f} by past votes alone: {done.predictor} will choose pages"
         )
 
 

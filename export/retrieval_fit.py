@@ -1,5 +1,5 @@
-"""The closed form of a retrieval head: queries by ridge regression, heads by what their pages say of the worth of
-pages, and the best map of low rank."""
+"""The closed form of a retrieval head: queries by ridge regression, heads by what their pages say of the
+worth of pages, and the best map of low rank."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ LEAST = 0.05  # of the past votes' part in the worth: the head's part is measure
 
 
 class Head(nn.Module):
-    """The head in float: see ``native/retrieval.h``. ``places`` are (layer number among the full ones, KV head)."""
+    """The head in float: see ``native/retrieval.h``. ``places`` are (layer number among the full ones, KV
+    head)."""
 
-    def __init__(self, places: list[tuple[int, int]], down: Tensor, up: Tensor, bias: Tensor, worth: Tensor) -> None:
+    def __init__(
+        self, places: list[tuple[int, int]], down: Tensor, up: Tensor, bias: Tensor, worth: Tensor
+    ) -> None:
         super().__init__()
         self.places = places
         self.down, self.up, self.bias = nn.Parameter(down), nn.Parameter(up), nn.Parameter(bias)
@@ -28,8 +31,11 @@ class Head(nn.Module):
         """[n, heads * group * head_dim] for inputs [n, 2 * dim], not rotated."""
         return inputs @ self.down.T @ self.up.T + self.bias
 
-    def worth(self, tracer: Tracer, inputs: Tensor, keys: list[Tensor], scanned: list[Tensor], positions: Tensor) -> Tensor:
-        """What pages are worth, [n, P]; ``keys`` and what is ``scanned`` of them for each place, [1, T, head_dim]."""
+    def worth(
+        self, tracer: Tracer, inputs: Tensor, keys: list[Tensor], scanned: list[Tensor], positions: Tensor
+    ) -> Tensor:
+        """What pages are worth, [n, P]; ``keys`` and what is ``scanned`` of them for each place, [1, T,
+        head_dim]."""
         per = self.queries(inputs).unflatten(1, (len(self.places), tracer.group, -1))
         total = inputs.new_zeros(len(inputs), scanned[0].shape[1] // 16)
         for i, (layer, _) in enumerate(self.places):
@@ -78,9 +84,12 @@ def with_one(inputs: Tensor) -> Tensor:
     return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
 
 
-def choose_heads(tracer: Tracer, traces: list[Trace], full: Tensor, count: int) -> tuple[list[tuple[int, int]], Tensor]:
-    """The ``count`` heads whose predicted shares, with those weights that are returned, and the faded past votes say
-    best what pages will be worth: least squares with no weight below zero, the least useful heads left out."""
+def choose_heads(
+    tracer: Tracer, traces: list[Trace], full: Tensor, count: int
+) -> tuple[list[tuple[int, int]], Tensor]:
+    """The ``count`` heads whose predicted shares, with those weights that are returned, and the faded past
+    votes say best what pages will be worth: least squares with no weight below zero, the least useful heads
+    left out."""
     spec, layers = tracer.spec, len(tracer.layers)
     width = layers * tracer.kv + 1
     gram, target = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
@@ -89,12 +98,16 @@ def choose_heads(tracer: Tracer, traces: list[Trace], full: Tensor, count: int) 
         positions = positions[trace.votes[positions].sum(1) > 0]
         if not len(positions):
             continue
-        q = (with_one(trace.inputs[positions].float()) @ full).unflatten(1, (layers, spec.n_heads, spec.head_dim))
+        q = (with_one(trace.inputs[positions].float()) @ full).unflatten(
+            1, (layers, spec.n_heads, spec.head_dim)
+        )
         features = []
         for i, layer in enumerate(tracer.layers):
             keys = trace.keys[i].float()
             turned = tracer.rotate(spec.layers[layer], q[:, i].transpose(0, 1), positions)
-            features.append(tracer.shares(turned, keys, tracer.indexed(keys, trace.votes.shape[1]), positions))
+            features.append(
+                tracer.shares(turned, keys, tracer.indexed(keys, trace.votes.shape[1]), positions)
+            )
         past = faded(trace.votes)[positions]
         x = torch.cat([torch.cat(features).flatten(1), past.flatten()[None]]).double()
         gram += x @ x.T
@@ -106,7 +119,9 @@ def choose_heads(tracer: Tracer, traces: list[Trace], full: Tensor, count: int) 
             break
         use = (weights * weights * gram.diagonal()[kept])[:-1]
         drop = max(1, (len(kept) - 1 - count) // 3)
-        kept = torch.cat([kept[:-1][use.argsort(descending=True)[: len(use) - drop]].sort().values, kept[-1:]])
+        kept = torch.cat(
+            [kept[:-1][use.argsort(descending=True)[: len(use) - drop]].sort().values, kept[-1:]]
+        )
     worth = (weights[:-1] / weights[-1].clamp(min=LEAST)).float()
     return [(int(i) // tracer.kv, int(i) % tracer.kv) for i in kept[:-1]], worth
 
@@ -122,17 +137,21 @@ def nonnegative(gram: Tensor, target: Tensor, rounds: int = 300) -> Tensor:
 
 
 def reduced(
-    tracer: Tracer, moments: Moments, full: Tensor, places: list[tuple[int, int]], worth: Tensor, rank: int, keys: list[Tensor]
+    tracer: Tracer,
+    moments: Moments,
+    full: Tensor,
+    places: list[tuple[int, int]],
+    worth: Tensor,
+    rank: int,
+    keys: list[Tensor],
 ) -> Head:
-    """The map of ``rank`` that loses least of the scores of the chosen heads: singular vectors of the fitted queries, in
-    the metric of the ``keys`` (second moments, [head_dim, head_dim], one of each place) that they will meet."""
+    """The map of ``rank`` that loses least of the scores of the chosen heads: singular vectors of the fitted
+    queries, in the metric of the ``keys`` (second moments, [head_dim, head_dim], one of each place) that they
+    will meet."""
     spec = tracer.spec
     hd, group = spec.head_dim, tracer.group
     columns = torch.cat(
-        [
-            torch.arange(group * hd) + layer * spec.n_heads * hd + head * group * hd
-            for layer, head in places
-        ]
+        [torch.arange(group * hd) + layer * spec.n_heads * hd + head * group * hd for layer, head in places]
     )
     b = full[:, columns].double()
     mean = moments.xx[-1] / moments.count

@@ -1,8 +1,8 @@
-"""``edgert export --retrieval-head``: what predicts, before a step, which pages of keys and values it will want.
+"""``edgert export --retrieval-head``: what predicts, before a step, which pages of keys and values it wants.
 
-The head is fitted in closed form to what full attention does on text, on the model's own words and on lookups, trained on
-what its choice costs, and measured on sequences that had no part in either, beside what needs no training. The sidecar
-says which of them chooses better, and with what figures.
+The head is fitted in closed form to what full attention does on text, on the model's own words and on
+lookups, trained on what its choice costs, and measured on sequences that had no part in either, beside what
+needs no training. The sidecar says which of them chooses better, and with what figures.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ class Exported:
 def export_retrieval_head(
     model: Path, request: Request, output: Path | None, note: Note, steps: Steps
 ) -> Exported:
-    """Write the retrieval head of ``model`` into its sidecar. What is done is kept beside it until the end, and an
-    interrupted export goes on from there. Raises UsageError, ModelFileError, UnsupportedModelError, OutputError."""
+    """Write the retrieval head of ``model`` into its sidecar. What is done is kept beside it until the end,
+    and an interrupted export goes on from there. Raises UsageError, ModelFileError, UnsupportedModelError,
+    OutputError."""
     target = output or sidecar_path(model)
     if not target.parent.is_dir():
         raise UsageError(f"no such directory: {target.parent}; create it or choose another --output")
@@ -82,8 +83,8 @@ def export_retrieval_head(
     layers = full_layers(spec)
     if not layers or len({spec.layers[i].n_kv_heads for i in layers}) > 1 or spec.dim % 32:
         raise UnsupportedModelError(
-            f"{model}: a retrieval head needs layers that see everything, all with as many heads, and a width that is "
-            "a multiple of 32"
+            f"{model}: a retrieval head needs layers that see everything, all with as many heads, and a "
+            "width that is a multiple of 32"
         )
     tracer = Tracer(decoder)
     work = _Work(target, model, request, note)
@@ -172,7 +173,8 @@ def _sequences(model: Path, file: _native.GgufFile, work: _Work, steps: Steps) -
     progress = steps("the model's own words", (n + 1) * request.length)
     main = [d for d in domains if d.name in MAIN]
     own = [
-        own_sequence(engine, _prefix(main, i), request.length, request.seed + i, progress) for i in range(n + 1)
+        own_sequence(engine, _prefix(main, i), request.length, request.seed + i, progress)
+        for i in range(n + 1)
     ]
     engine.close()
     filler = [token for piece in main[0].fit for token in piece]
@@ -222,7 +224,9 @@ def _draft_parameters(tracer: Tracer) -> int:
     prefix = f"blk.{tracer.layers[0]}."
     shapes = tracer.spec.tensor_shapes()
     return sum(
-        math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix) or name == "token_embd.weight"
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if name.startswith(prefix) or name == "token_embd.weight"
     )
 
 

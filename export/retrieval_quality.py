@@ -1,5 +1,5 @@
-"""What a retrieval head is worth beside the predictors that need no training: recall of pages on traces, and the loss of
-the native engine's steps end to end."""
+"""What a retrieval head is worth beside the predictors that need no training: recall of pages on traces, and
+the loss of the native engine's steps end to end."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from edgert.export.retrieval_fit import FADE, Head, faded
-from edgert.export.retrieval_trace import PAGE, Tracer, sealed_pages
+from edgert.export.retrieval_fit import FADE, Head
+from edgert.export.retrieval_trace import PAGE, sealed_pages
 from edgert.export.retrieval_train import SET, Sequences
 from edgert.models import ModelSpec
 from torch import Tensor
@@ -50,7 +50,8 @@ def page_sets(value: Tensor, pages: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def recall(head: Head, sequences: Sequences) -> dict[str, float]:
-    """The share of what pages are worth that lies in the sets of each predictor, at the same size of the set."""
+    """The share of what pages are worth that lies in the sets of each predictor, at the same size of the
+    set."""
     found: dict[str, list[float]] = {"votes": [], "previous layer": [], "head": [], "true queries": []}
     for n, (trace, _, _, past, positions) in enumerate(sequences.items):
         at = positions[-SCORED:]
@@ -87,8 +88,8 @@ def measure(
     budget: int,
     progress: Callable[[int], None],
 ) -> dict[str, Loss]:
-    """What steps lose whose pages are chosen by past votes, or by the head of ``sidecar`` as well: the same number of
-    pages in memory."""
+    """What steps lose whose pages are chosen by past votes, or by the head of ``sidecar`` as well: the same
+    number of pages in memory."""
     found = {}
     full: list[Any] = []
     for name, retrieval in (("votes", None), ("head", sidecar)):
@@ -135,5 +136,3 @@ def _read(model: _native.Model, cache: _native.Cache, ids: Sequence[int]) -> Non
 def _log_probabilities(logits: Any) -> Any:
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-

@@ -1,5 +1,5 @@
-"""The sequences a retrieval head is fitted to and measured on: the calibration text, the model's own words and
-lookups, each as long as the context in which pages are to be chosen."""
+"""The sequences a retrieval head is fitted to and measured on: the calibration text, the model's own words
+and lookups, each as long as the context in which pages are to be chosen."""
 
 from __future__ import annotations
 
@@ -8,21 +8,40 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from edgert.export.calibration_text import Domain
-from edgert.tokenizer import Tokenizer
 
 from edgert import _native
 from edgert.engines.native import CHUNK, NativeEngine
+from edgert.tokenizer import Tokenizer
 
 Ids = list[int]
 OWN_PREFIX = 64  # tokens of text that the model continues
 LOOKUPS = 12  # questions of a sequence
-_PLACES = ("harbour", "archive", "mill", "observatory", "tunnel", "market", "greenhouse", "foundry", "quarry", "depot")
-_THINGS = ("gate code", "locker number", "meter reading", "seat number", "file number", "signal number", "batch number")
+_PLACES = (
+    "harbour",
+    "archive",
+    "mill",
+    "observatory",
+    "tunnel",
+    "market",
+    "greenhouse",
+    "foundry",
+    "quarry",
+    "depot",
+)
+_THINGS = (
+    "gate code",
+    "locker number",
+    "meter reading",
+    "seat number",
+    "file number",
+    "signal number",
+    "batch number",
+)
 
 
 def text_sequences(domains: Sequence[Domain], length: int, held: bool) -> list[Ids]:
-    """The pieces of the domains one after the other, in sequences of ``length`` tokens. What is left at the end
-    is one more if it is half as long; all there is, if that is less."""
+    """The pieces of the domains one after the other, in sequences of ``length`` tokens. What is left at the
+    end is one more if it is half as long; all there is, if that is less."""
     found: list[Ids] = []
     for domain in domains:
         ids = [token for piece in (domain.held if held else domain.fit) for token in piece]
@@ -50,8 +69,8 @@ def own_sequence(
 
 
 def lookup_sequence(tokenizer: Tokenizer, filler: Sequence[int], length: int, seed: int) -> Ids:
-    """Numbers spread in text, and at the end questions that give some of them again: what a head must find far
-    back, which ordinary text seldom asks of it."""
+    """Numbers spread in text, and at the end questions that give some of them again: what a head must find
+    far back, which ordinary text seldom asks of it."""
     rng = random.Random(seed)
     names = rng.sample([f"{thing} of the {place}" for place in _PLACES for thing in _THINGS], 2 * LOOKUPS)
     lines = [f"\n\nThe {name} is {rng.randint(10000, 99999)}." for name in names]

@@ -1,9 +1,8 @@
-"""What full attention does along a sequence, in the terms of a choice of pages: the queries and keys of every head
-that sees everything, and what each page is worth to each token.
+"""What full attention does along a sequence, in the terms of a choice of pages: the queries and keys of every
+head that sees everything, and what each page is worth to each token.
 
-The worth of a page is computed as the runtime does it (``native/sparse.h``): keys at two bits a channel, the best token
-of a page, a share of what a query gives to all pages and to the first and last tokens.
-"""
+The worth of a page is computed as the runtime does it (``native/sparse.h``): keys at two bits a channel, the
+best token of a page, a share of what a query gives to all pages and to the first and last tokens."""
 
 from __future__ import annotations
 

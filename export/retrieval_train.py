@@ -1,5 +1,5 @@
-"""Gradient training of a retrieval head on what its choice costs: the worth of pages that are left out, each head of
-attention counted by what it adds to the stream."""
+"""Gradient training of a retrieval head on what its choice costs: the worth of pages that are left out, each
+head of attention counted by what it adds to the stream."""
 
 from __future__ import annotations
 
@@ -34,15 +34,20 @@ class Sequences:
                 self.items.append((trace, keys, scanned, faded(trace.votes), positions))
 
     def values(self, head: Head, n: int, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For some positions of sequence ``n``: what the head says pages are worth, what past votes say, and what
-        they are, [positions, P] each."""
+        """For some positions of sequence ``n``: what the head says pages are worth, what past votes say, and
+        what they are, [positions, P] each."""
         trace, keys, scanned, past, _ = self.items[n]
         inputs = trace.inputs[positions].float()
-        return head.worth(self.tracer, inputs, keys, scanned, positions), past[positions], trace.effect[positions]
+        return (
+            head.worth(self.tracer, inputs, keys, scanned, positions),
+            past[positions],
+            trace.effect[positions],
+        )
 
 
 def lost(value: Tensor, effect: Tensor) -> Tensor:
-    """The share of ``effect`` [n, P] that lies outside of a soft set of the pages of the largest ``value``."""
+    """The share of ``effect`` [n, P] that lies outside of a soft set of the pages of the largest
+    ``value``."""
     pages = (effect > 0).sum(1, keepdim=True)
     log = (value + 1e-9).log()
     place = ((pages * SET).long().clamp(min=1) - 1).clamp(max=value.shape[1] - 1)
@@ -67,8 +72,8 @@ def evaluate(head: Head, sequences: Sequences) -> tuple[float, float]:
 def train(
     head: Head, sequences: Sequences, steps: int, seed: int, checkpoint: Path, progress: Callable[[int], None]
 ) -> None:
-    """Train ``head`` in place. Goes on from ``checkpoint`` if there is one; an interrupted training gives what one
-    without a break does."""
+    """Train ``head`` in place. Goes on from ``checkpoint`` if there is one; an interrupted training gives
+    what one without a break does."""
     groups = [
         {"params": [p], "lr": RATE * float(p.detach().square().mean().sqrt().clamp(min=1e-3))}
         for p in (head.down, head.up, head.bias)
@@ -96,7 +101,9 @@ def train(
         optimizer.step()
         progress(1)
         if (step + 1) % SAVED_EVERY == 0 and step + 1 < steps:
-            save(checkpoint, {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "done": step + 1})
+            save(
+                checkpoint, {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "done": step + 1}
+            )
 
 
 def save(path: Path, state: Any) -> None:
@@ -104,5 +111,3 @@ def save(path: Path, state: Any) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(path)
-
-

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from edgert.export.gguf_writer import Tensor, Value, write_gguf
 
-from edgert import _native
 from edgert.download import file_sha256
 from edgert.errors import ModelFileError
 from edgert.session_file import fingerprint
@@ -18,9 +17,9 @@ from edgert.sidecar import VERSION, Sidecar
 def write_part(
     path: Path, model: Path, keys: str, prefix: str, metadata: Mapping[str, Value], tensors: Sequence[Tensor]
 ) -> None:
-    """Write ``metadata``, whose keys begin with ``keys``, and ``tensors``, whose names begin with ``prefix``, into the
-    sidecar at ``path``, whole or not at all. What an older sidecar of the same model holds beside them stays; one
-    that is damaged or of another model is replaced. Raises OutputError."""
+    """Write ``metadata``, whose keys begin with ``keys``, and ``tensors``, whose names begin with ``prefix``,
+    into the sidecar at ``path``, whole or not at all. What an older sidecar of the same model holds beside
+    them stays; one that is damaged or of another model is replaced. Raises OutputError."""
     old: dict[str, Value] = {}
     kept: list[Tensor] = []
     try:

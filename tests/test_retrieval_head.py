@@ -125,8 +125,8 @@ def steps(model: _native.Model, into: _native.Cache, ids: Ids) -> Floats:
 
 
 def expected_worth(name: str, numbers: dict[str, Any], ids: Ids, keys: Any, state: Floats) -> Floats:
-    """What retrieval.h says, in numpy; ``keys`` [L, KV, T, head_dim] rotated, ``state`` the final one of the last of
-    ``ids`` but one, normed."""
+    """What retrieval.h says, in numpy; ``keys`` [L, KV, T, head_dim] rotated, ``state`` the final one of the
+    last of ``ids`` but one, normed."""
     tracer = Tracer(TorchDecoder(tiny(name).path))
     spec, position = tracer.spec, len(ids) - 1
     embedded = tracer.decoder.embed(torch.tensor([[int(ids[-1])]]))[0, 0].numpy()
@@ -136,7 +136,9 @@ def expected_worth(name: str, numbers: dict[str, Any], ids: Ids, keys: Any, stat
     pages = (position - 128) // 256 * 16
     total = np.zeros(pages, np.float32)
     for q, (layer, head), worth in zip(queries, numbers["places"], numbers["retrieval.worth"], strict=True):
-        turned = tracer.rotate(spec.layers[layer], torch.from_numpy(q)[:, None].float(), torch.tensor([position]))
+        turned = tracer.rotate(
+            spec.layers[layer], torch.from_numpy(q)[:, None].float(), torch.tensor([position])
+        )
         q = turned[:, 0].numpy() * spec.attn_scale * np.log2(np.e)
         k = keys[tracer.layers.index(layer), head].float().numpy()
         near = q @ np.concatenate([k[:16], k[position - 16 : position]]).T
@@ -157,9 +159,11 @@ def test_the_core_predicts_what_numpy_does(name: str, model: _native.Model, ids:
     state = trace.inputs[LENGTH - 1, tiny(name).spec.dim :].float().numpy()
     expected = expected_worth(name, numbers, ids[:LENGTH], trace.keys, state)
     assert len(found) == len(expected) > SLOTS
-    # Queries of the index are int8, worth comes in eighths of a power of two.
+    # The core's queries are int8, worth comes in eighths of a power of two, and a key between two levels may
+    # take either.
     assert np.corrcoef(np.log(found), np.log(expected))[0, 1] > 0.995
-    np.testing.assert_allclose(found, expected, rtol=0.25)
+    assert np.median(np.abs(found / expected - 1)) < 0.15
+    assert abs(found.sum() / expected.sum() - 1) < 0.05
 
 
 def test_the_pages_worth_most_enter(model: _native.Model, ids: Ids, tmp_path: Path) -> None:
@@ -177,7 +181,9 @@ def test_the_pages_worth_most_enter(model: _native.Model, ids: Ids, tmp_path: Pa
         assert worth[sorted(after - before)].mean() > worth[sorted(before - after)].mean()
 
 
-def test_a_head_changes_the_choice(base: Path, name: str, model: _native.Model, ids: Ids, tmp_path: Path) -> None:
+def test_a_head_changes_the_choice(
+    base: Path, name: str, model: _native.Model, ids: Ids, tmp_path: Path
+) -> None:
     plain = open_model(base, name, head=False)
     sets = []
     for one in (model, plain):
@@ -198,9 +204,7 @@ def test_nothing_is_predicted_where_all_may_be_read(model: _native.Model, ids: I
 
 
 @pytest.mark.parametrize("kv", ["f16", "q8"])
-def test_threads_and_timing_change_nothing(
-    base: Path, name: str, ids: Ids, tmp_path: Path, kv: str
-) -> None:
+def test_threads_and_timing_change_nothing(base: Path, name: str, ids: Ids, tmp_path: Path, kv: str) -> None:
     if kv == "q8" and tiny(name).spec.head_dim % 32:
         pytest.skip("heads of this model do not fit q8")
     found = []
@@ -274,9 +278,18 @@ def tensor(tensors: list[Tensor], name: str, x: Floats) -> None:
 @pytest.mark.parametrize(
     ("edit", "field"),
     [
-        (lambda m, t: m.update({"edgert.retrieval.layers": np.array([0, 99], np.int32)}), "edgert.retrieval.layers"),
-        (lambda m, t: m.update({"edgert.retrieval.heads": np.array([0, 9], np.int32)}), "edgert.retrieval.heads"),
-        (lambda m, t: m.update({"edgert.retrieval.heads": np.array([0], np.int32)}), "edgert.retrieval.heads"),
+        (
+            lambda m, t: m.update({"edgert.retrieval.layers": np.array([0, 99], np.int32)}),
+            "edgert.retrieval.layers",
+        ),
+        (
+            lambda m, t: m.update({"edgert.retrieval.heads": np.array([0, 9], np.int32)}),
+            "edgert.retrieval.heads",
+        ),
+        (
+            lambda m, t: m.update({"edgert.retrieval.heads": np.array([0], np.int32)}),
+            "edgert.retrieval.heads",
+        ),
         (lambda m, t: m.pop("edgert.retrieval.layers"), "edgert.retrieval.layers"),
         (lambda m, t: t.pop(0), "retrieval.down"),
         (lambda m, t: tensor(t, "retrieval.up", np.ones((16, RANK), np.float32)), "retrieval.up"),
@@ -311,7 +324,9 @@ def test_parts_of_a_sidecar_do_not_lose_each_other(tmp_path: Path) -> None:
     path = sidecar_path(base)
     x = np.arange(64, dtype=np.float32).reshape(2, 32)
     flash = [Tensor("head.rows", "F32", x.shape, x.view(np.uint8).reshape(2, -1))]
-    write_part(path, base, "edgert.head.", "head.", {"edgert.head.tokens": np.arange(4, dtype=np.int32)}, flash)
+    write_part(
+        path, base, "edgert.head.", "head.", {"edgert.head.tokens": np.arange(4, dtype=np.int32)}, flash
+    )
     metadata, tensors, numbers = random_head("llama", 1)
     # An incomplete FlashHead is refused as a whole, so this one has to be read past the checks of a sidecar.
     file = _native.GgufFile(str(path))

@@ -59,12 +59,11 @@ def engine_for(
 ) -> Engine:
     """Load an open file, whose ``metadata`` the caller has at hand, into an engine.
 
-    "auto" is native for what native knows, else llamacpp if it is installed. ``context`` is the
-    longest session that will be asked for (None: what the model was made for). ``sidecar`` and
-    ``probes`` (0: the sidecar's own number), ``chosen`` (past tokens that a step chooses; 0: it reads all)
-    ``tier`` (where keys and values lie) and ``retrieval`` (what chooses among them) are for native alone. Raises UsageError, UnsupportedModelError,
-    ModelFileError or EngineError.
-    """
+    "auto" is native for what native knows, else llamacpp if it is installed. ``context`` is the longest
+    session that will be asked for (None: what the model was made for). ``sidecar`` and ``probes`` (0: the
+    sidecar's own number), ``chosen`` (past tokens that a step chooses; 0: it reads all) ``tier`` (where keys
+    and values lie) and ``retrieval`` (what chooses among them) are for native alone. Raises UsageError,
+    UnsupportedModelError, ModelFileError or EngineError."""
     check_options(engine, threads, kv)
     threads = threads or detect_threads()
     if engine == "llamacpp":
@@ -106,7 +105,9 @@ def _open_native(
 ) -> Engine:
     from .native import NativeEngine
 
-    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv, chosen, tier, retrieval)
+    return NativeEngine(
+        file, native_spec(file, metadata), threads, sidecar, probes, kv, chosen, tier, retrieval
+    )
 
 
 def native_spec(file: _native.GgufFile, metadata: Mapping[str, Any]) -> ModelSpec:

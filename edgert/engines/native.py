@@ -114,11 +114,10 @@ class NativeEngine:
     """A model loaded into the native core, with the FlashHead of its sidecar if there is one.
 
     ``threads`` 0 means one for each CPU this process may use; ``probes`` 0 the sidecar's own number of
-    clusters; ``kv`` is the type of the cached keys and values; ``chosen`` the past tokens that a step
-    chooses for each KV head (0: it reads all); ``tier`` the pages of keys and values that a session has in
-    memory (0: all) and the directory of the others, ``retrieval`` what chooses them. Raises UsageError, ModelFileError,
-    UnsupportedModelError or EngineError.
-    """
+    clusters; ``kv`` is the type of the cached keys and values; ``chosen`` the past tokens that a step chooses
+    for each KV head (0: it reads all); ``tier`` the pages of keys and values that a session has in memory (0:
+    all) and the directory of the others, ``retrieval`` what chooses them. Raises UsageError, ModelFileError,
+    UnsupportedModelError or EngineError."""
 
     name = "native"
 
