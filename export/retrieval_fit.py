@@ -36,7 +36,7 @@ class Head(nn.Module):
     ) -> Tensor:
         """What pages are worth, [n, P]; ``keys`` and what is ``scanned`` of them for each place, [1, T,
         head_dim]."""
-        per = self.queries(inputs).unflatten(1, (len(self.places), tracer.group, -1))
+        per = self.queries(inputs).view(len(inputs), len(self.places), tracer.group, -1)
         total = inputs.new_zeros(len(inputs), scanned[0].shape[1] // 16)
         for i, (layer, _) in enumerate(self.places):
             q = tracer.rotate(tracer.spec.layers[tracer.layers[layer]], per[:, i].transpose(0, 1), positions)
@@ -98,9 +98,7 @@ def choose_heads(
         positions = positions[trace.votes[positions].sum(1) > 0]
         if not len(positions):
             continue
-        q = (with_one(trace.inputs[positions].float()) @ full).unflatten(
-            1, (layers, spec.n_heads, spec.head_dim)
-        )
+        q = (with_one(trace.inputs[positions].float()) @ full).view(-1, layers, spec.n_heads, spec.head_dim)
         features = []
         for i, layer in enumerate(tracer.layers):
             keys = trace.keys[i].float()
@@ -157,13 +155,14 @@ def reduced(
     mean = moments.xx[-1] / moments.count
     x = moments.xx / moments.count - torch.outer(mean, mean)
     root, back = _roots(torch.stack(keys).double())
-    scaled = torch.einsum("xngc,nce->xnge", b[:-1].unflatten(1, (len(places), group, hd)), root).flatten(1)
+    shape = (-1, len(places), group, hd)
+    scaled = torch.einsum("xngc,nce->xnge", b[:-1].view(shape), root).flatten(1)
     left = torch.linalg.cholesky(x[:-1, :-1] + 1e-9 * x.diagonal().mean() * torch.eye(len(x) - 1)).T @ scaled
     _, vectors = torch.linalg.eigh(left @ left.T)
     v = left.T @ vectors[:, -rank:]
     v = v / v.norm(dim=0).clamp(min=1e-12)
     down = (scaled @ v).T
-    up = torch.einsum("ngcr,nce->nger", v.unflatten(0, (len(places), group, hd)), back).flatten(0, 2)
+    up = torch.einsum("rngc,nce->rnge", v.T.reshape(shape), back).flatten(1).T
     scale = down.norm(dim=1, keepdim=True).clamp(min=1e-12)  # int8 wants rows alike
     return Head(places, (down / scale).float(), (up * scale.T).float(), b[-1].float(), worth)
 

@@ -57,7 +57,7 @@ def recall(head: Head, sequences: Sequences) -> dict[str, float]:
         at = positions[-SCORED:]
         pages = sealed_pages(at)
         size = max(1, int(pages[-1] * SET))
-        own = torch.cat([sequences.values(head, n, part)[0] for part in at.split(64)])
+        own = torch.cat([sequences.values(head, n, at[i : i + 64])[0] for i in range(0, len(at), 64)])
         votes = trace.votes[at]
         values = {
             "votes": past[at],
@@ -76,8 +76,7 @@ class Loss:
     """Against full attention, over scored positions."""
 
     kl: float  # nats
-    agreement: float
-    from_disk: float  # bytes a step
+    agreement: float  # share of positions with the same likeliest token
 
 
 def measure(
@@ -95,7 +94,7 @@ def measure(
     for name, retrieval in (("votes", None), ("head", sidecar)):
         model = _native.Model(file, spec.as_dict(), 0, None, retrieval)
         kl: list[float] = []
-        agreed, read = 0, 0
+        agreed = 0
         with tempfile.TemporaryDirectory(prefix="edgert-export-") as directory:
             for n, ids in enumerate(sequences):
                 start = len(ids) - SCORED
@@ -105,16 +104,14 @@ def measure(
                 slots = max(least_slots(budget), TAIL + int(pages * SET))
                 cache = _native.Cache(model, len(ids), "f16", budget, slots, directory)
                 _read(model, cache, ids[:start])
-                before = cache.tier or {}
                 for i, token in enumerate(ids[start:]):
                     q = _log_probabilities(model.forward(cache, np.array([token], np.int32)))
                     p = full[n][i]
                     kl.append(float((np.exp(p) * (p - q)).sum()))
                     agreed += int(p.argmax() == q.argmax())
                     progress(1)
-                read += (cache.tier or {})["bytes_read"] - before["bytes_read"]
                 del cache
-        found[name] = Loss(max(0.0, float(np.mean(kl))), agreed / len(kl), read / len(kl))
+        found[name] = Loss(max(0.0, float(np.mean(kl))), agreed / len(kl))
     return found
 
 

@@ -119,12 +119,13 @@ class Tracer:
     @staticmethod
     def indexed(keys: Tensor, pages: int) -> Tensor:
         """``keys`` [H, T, head_dim] of the first ``pages`` as the two-bit index has them."""
-        blocks = keys[:, : pages * PAGE].unflatten(1, (-1, BLOCK))
+        blocks = keys[:, : pages * PAGE].reshape(len(keys), -1, BLOCK, keys.shape[2])
         mean = blocks.mean(2, keepdim=True)
         step = blocks.var(2, unbiased=False, keepdim=True).sqrt()
         base = mean - 1.5 * step
         codes = ((blocks - base) / step.clamp(min=1e-12)).round().clamp(0, 3)
-        return (base + codes * step).flatten(1, 2)
+        result: Tensor = (base + codes * step).flatten(1, 2)
+        return result
 
     def shares(self, q: Tensor, keys: Tensor, scanned: Tensor, positions: Tensor) -> Tensor:
         """The share of each page, [H, n, P], for rotated queries ``q`` [H * group, n, head_dim] of tokens at
@@ -137,7 +138,7 @@ class Tracer:
             [q @ keys[:, None, :PAGE].transpose(-1, -2), torch.einsum("hgnc,hnkc->hgnk", q, near)], -1
         )
         level = torch.logsumexp(always / LOG2E, -1) * LOG2E
-        scores = (q @ scanned[:, None].transpose(-1, -2)).unflatten(-1, (pages, PAGE)).amax(-1)
+        scores = (q @ scanned[:, None].transpose(-1, -2)).view(heads, self.group, n, pages, PAGE).amax(-1)
         weights = (scores - level[..., None]).amax(1).clamp(-16, 16).exp2()
         known = torch.arange(pages) < sealed_pages(positions)[:, None]
         weights = weights * known

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-from edgert.export.gguf_writer import Tensor, Value, write_gguf
+from edgert.export.gguf_writer import Tensor, TensorType, Value, write_gguf
 
 from edgert.download import file_sha256
 from edgert.errors import ModelFileError
@@ -33,7 +34,8 @@ def write_part(
                 old[key] = np.asarray(value, np.int32) if isinstance(value, list) else value
         for t in file.tensors:
             if not t.name.startswith(prefix):
-                kept.append(Tensor(t.name, t.type, t.shape, np.frombuffer(file.read(t.name), np.uint8)))
+                data = np.frombuffer(file.read(t.name), np.uint8)
+                kept.append(Tensor(t.name, cast(TensorType, t.type), t.shape, data))
     base: dict[str, Value] = {
         "general.architecture": "edgert",
         "edgert.version": VERSION,
