@@ -4,8 +4,9 @@ time.
 Every budget goes on from one state, since a document is read in full whatever the budget. What is measured,
 a lookup's question included, is read in steps of one token: a step is what selects. Full attention has the
 same bits in a pass and in steps, so it takes text in passes but for the steps that are timed, which all
-settings take in turns. With a tier the sequences of the budgets have some pages on the disk; full attention
-has all in memory.
+settings take in turns. Where heads have classes a prompt is not read in full by those that stream, and full
+attention has a state of its own. With a tier the sequences of the budgets have some pages on the disk; full
+attention has all in memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from edgert.bench.lookups import Question, Series
 
 from edgert import _native
 from edgert.engines.native import CHUNK
+from edgert.head_classes import ALL_INDEXED, HeadClasses
 from edgert.tier import IN_MEMORY, Tier
 from edgert.tokenizer import Tokenizer
 
@@ -123,8 +125,9 @@ class Quality:
     budget: int
     kv_bytes: dict[str, int] = field(
         default_factory=dict
-    )  # tier -> what a step reads of it at the full context
+    )  # tier -> what a step reads of it: of memory at most, until steps were timed
     seconds: list[float] = field(default_factory=list)  # of steps that took turns with the other budgets'
+    step_bytes: list[int] = field(default_factory=list)  # that these read of memory
     texts: dict[str, Text] = field(default_factory=dict)
     lookups: dict[str, Lookups] = field(default_factory=dict)
     disk_steps: int = 0  # of text, those that were timed left out
@@ -136,6 +139,11 @@ class Quality:
     def hidden(self) -> float | None:
         """The share of the time of reading in which no step waited; None where nothing was read."""
         return 1 - self.waited_seconds / self.disk_seconds if self.disk_seconds else None
+
+    def add_step(self, seconds: float, nbytes: int) -> None:
+        self.seconds.append(seconds)
+        self.step_bytes.append(nbytes)
+        self.kv_bytes["memory"] = round(statistics.fmean(self.step_bytes))
 
     def add_disk(self, steps: int, before: dict[str, float], after: dict[str, float]) -> None:
         """``before`` and ``after``: what a tier had done, see Cache.tier."""
@@ -173,7 +181,7 @@ class Quality:
 class AttentionQuality:
     """Measures ``budgets`` beside full attention on sequences of at most ``context`` tokens. ``qualities``
     are full attention's and those of the budgets, in their order. ``core`` and ``tokenizer`` are a loaded
-    model's. ``tier``: where the budgets' keys and values lie."""
+    model's. ``tier``: where the budgets' keys and values lie; ``heads``: what their heads keep."""
 
     def __init__(
         self,
@@ -183,9 +191,10 @@ class AttentionQuality:
         kv: str,
         budgets: Sequence[int],
         tier: Tier = IN_MEMORY,
+        heads: HeadClasses = ALL_INDEXED,
     ) -> None:
         self._core, self._tokenizer, self._context, self._kv = core, tokenizer, context, kv
-        self._tier = tier
+        self._tier, self._heads = tier, heads
         self.qualities = [Quality(budget) for budget in (FULL, *budgets)]
 
     def score(self, document: Document, positions: int, begin: Stage) -> None:
@@ -224,7 +233,7 @@ class AttentionQuality:
                 for token in block[at : at + TURN]:
                     began = time.perf_counter()
                     rows[n].append(sequences[n].step(token))
-                    self.qualities[n].seconds.append(time.perf_counter() - began)
+                    self.qualities[n].add_step(time.perf_counter() - began, sequences[n].step_bytes)
         return [np.stack(one) for one in rows]
 
     def ask(self, series: Series, begin: Stage) -> None:
@@ -234,17 +243,23 @@ class AttentionQuality:
             series.kind, stops + len(self.qualities) * sum(len(s.questions) for s in series.stops)
         )
         reader = self._reader()
+        whole = self._sequence(FULL) if self._heads.classes else reader
         for stop in series.stops:
+            if whole is not reader:
+                whole.read(series.tokens[whole.length : stop.length], lambda _: None)
             reader.read(series.tokens[reader.length : stop.length], progress)
             state = reader.save()
+            complete = state if whole is reader else whole.save()
             expected: list[bool] = []
             for quality in self.qualities:
                 budget = quality.budget
-                sequence = self._reader(state) if budget == FULL else self._sequence(budget, state)
+                origin = state if budget else complete
+                shared = not budget and whole is reader
+                sequence = self._reader(origin) if shared else self._sequence(budget, origin)
                 found = []
                 for question in stop.questions:
                     found.append(question.answered(self._reply(sequence, question)))
-                    sequence.back(state, stop.length)
+                    sequence.back(origin, stop.length)
                     progress(1)
                 expected = expected or found
                 lookups = quality.lookups.setdefault(series.kind, Lookups())
@@ -263,12 +278,14 @@ class AttentionQuality:
 
     def _sequence(self, budget: int, state: bytes | None = None) -> _Sequence:
         tier = IN_MEMORY if budget == FULL else self._tier
-        cache = _native.Cache(self._core, self._context, self._kv, budget, *tier)
+        heads = ALL_INDEXED if budget == FULL else self._heads
+        cache = _native.Cache(self._core, self._context, self._kv, budget, *tier, heads=heads)
         return _Sequence(cache, self._core, budget == FULL, state)
 
     def _reader(self, state: bytes | None = None) -> _Sequence:
-        """Full attention that can save states for every budget, at other speeds."""
-        cache = _native.Cache(self._core, self._context, self._kv, 1, *self._tier)
+        """Reads prompts as every budget does, and saves states for all. Without classes of heads it is full
+        attention, at other speeds."""
+        cache = _native.Cache(self._core, self._context, self._kv, 1, *self._tier, heads=self._heads)
         return _Sequence(cache, self._core, True, state)
 
 
@@ -281,6 +298,11 @@ class _Sequence:
     @property
     def length(self) -> int:
         return self._cache.length
+
+    @property
+    def step_bytes(self) -> int:
+        """Keys, values and index that the last step read."""
+        return self._cache.step_bytes
 
     @property
     def disk(self) -> dict[str, float] | None:

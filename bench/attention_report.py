@@ -22,6 +22,7 @@ def markdown(facts: dict[str, Any], qualities: Sequence[Quality]) -> str:
         f"`edgert eval attention`: {facts['model']} (SHA-256 {facts['model_sha256'][:12]}…), "
         f"{facts['context']:,} tokens, {facts['kv']} keys and values"
         + (f", {facts['pages_in_memory']:,} pages of 16 tokens in memory" if facts["pages_in_memory"] else "")
+        + "".join(f", {count} {name} heads" for name, count in (facts.get("heads") or {}).items())
         + f". {facts['cpu']}, "
         f"{facts['threads']} threads, edgert "
         f"{facts['edgert']} build {facts['edgert_build']} ({facts['edgert_isa']}), {facts['date']}.",

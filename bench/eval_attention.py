@@ -23,10 +23,11 @@ from edgert.bench.lookups import make_lookups
 
 from edgert import _native
 from edgert.attention import LARGEST_BUDGET
-from edgert.cli.options import add_memory, add_model_arguments, memory_options
+from edgert.cli.options import add_heads, add_memory, add_model_arguments, memory_options
 from edgert.cli.progress import Steps
 from edgert.engines.native import NativeEngine
 from edgert.errors import UsageError
+from edgert.head_classes import ALL_INDEXED
 from edgert.model import Model, load
 from edgert.whole_file import write_whole
 
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lookups", type=int, default=100, metavar="N", help="questions; default: 100")
     parser.add_argument("--kv", default="f16", metavar="TYPE", help="f16 (default) or q8")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
+    add_heads(parser)
     add_memory(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality against bytes read")
     parser.add_argument(
@@ -84,12 +86,14 @@ def main(args: argparse.Namespace) -> int:
         context=args.context,
         attention="sparse",
         budget=max(budgets),
+        heads=args.heads,
         **memory_options(args),
     ) as model:
         context = min(args.context or CONTEXT, model.context)
         threads = model.engine.describe()["threads"]
         facts = {**facts_of(Path(model.path)), "context": context, "kv": model.kv, "threads": threads}
         facts["pages_in_memory"] = model.engine.describe().get("pages_in_memory", 0)
+        facts["heads"] = model.engine.describe().get("heads")
         qualities = evaluate(model, context, budgets, args.positions, args.lookups, args.file)
     if args.plot:
         attention_report.write_png(qualities, args.plot)
@@ -119,10 +123,13 @@ def evaluate(
     head is not used. Raises UsageError for text that cannot be read or is too short."""
     engine = model.engine
     assert isinstance(engine, NativeEngine)
-    work = AttentionQuality(engine._model, model.tokenizer, context, model.kv, budgets, engine.tier)
+    work = AttentionQuality(
+        engine._model, model.tokenizer, context, model.kv, budgets, engine.tier, engine.heads
+    )
     sizes = _native.Sizes(_native.GgufFile(model.path), engine.spec.as_dict(), 1)
     for quality in work.qualities:
-        quality.kv_bytes["memory"] = sizes.kv_step(context, context - 1, model.kv, quality.budget)
+        heads = engine.heads if quality.budget else ALL_INDEXED
+        quality.kv_bytes["memory"] = sizes.kv_step(context, context - 1, model.kv, quality.budget, heads)
     steps = Steps()
     if positions:
         documents = make_documents(model.tokenizer, context, file)

@@ -1,4 +1,4 @@
-"""Plots of a run. matplotlib is imported here and by nothing else."""
+"""Plots of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from edgert.errors import EngineError, UsageError
+from edgert.cli.figures import check_png, figures
+from edgert.errors import UsageError
+
+__all__ = ["check_png", "figures", "svg", "write_png"]
 
 Row = dict[str, Any]
 COLOURS = {
@@ -18,30 +21,6 @@ COLOURS = {
     "transformers": "#718096",
     "onnxruntime-genai": "#97266d",
 }
-
-
-def figures() -> Any:
-    """matplotlib's figures, without a window system. Raises EngineError when it is not installed."""
-    try:
-        return import_module("matplotlib.figure")
-    except ImportError as error:
-        raise EngineError(
-            "plots need matplotlib, which is not installed: pip install 'edgert[bench]'"
-        ) from error
-
-
-def check_png(path: Path) -> None:
-    """Raises, before anything is measured, what :func:`write_png` would raise after it."""
-    figures()
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--plot writes PNG: give a name that ends in .png, not {path.name!r}")
-    try:
-        with path.open("ab"):
-            pass
-        if path.stat().st_size == 0:
-            path.unlink()
-    except OSError as error:
-        raise UsageError(f"--plot: cannot write {path}: {error.strerror}") from error
 
 
 def write_png(rows: Sequence[Row], path: Path) -> None:

@@ -292,24 +292,55 @@ class Sizes:
     @property
     def step_body_bytes(self) -> int: ...
     def flash_bytes(self, probes: int, keep: int) -> int: ...
-    def activations(self, length: int, head: str, probes: int, keep: int, kv: str, budget: int) -> int:
+    def activations(
+        self,
+        length: int,
+        head: str,
+        probes: int,
+        keep: int,
+        kv: str,
+        budget: int,
+        heads: tuple[int, Sequence[Sequence[int]]] = (0, []),
+    ) -> int:
         """
         Bytes of the buffers of a pass and of the head (dense, flash or exact) after `length` positions.
         """
 
-    def kv(self, context: int, length: int, kv: str, budget: int) -> tuple[list[tuple[int, int]], int, int]:
+    def kv(
+        self,
+        context: int,
+        length: int,
+        kv: str,
+        budget: int,
+        heads: tuple[int, Sequence[Sequence[int]]] = (0, []),
+    ) -> tuple[list[tuple[int, int, int, int]], int, int]:
         """
         Bytes of a cache of at most `context` positions that holds `length`:
-        (window, bytes) of the layers that share a window (0: none), those of the index,
+        (window, bytes, class, heads) of the layers that share a window (0: none), where heads
+        have classes of the heads that share one (heads 0: whole layers); those of the index;
         and those of the convolutions.
         """
 
-    def tier(self, length: int, kv: str, budget: int, slots: int) -> tuple[int, int]:
+    def tier(
+        self,
+        length: int,
+        kv: str,
+        budget: int,
+        slots: int,
+        heads: tuple[int, Sequence[Sequence[int]]] = (0, []),
+    ) -> tuple[int, int]:
         """
         Bytes that `slots` pages of a tier take at `length` positions, and the fewest there may be.
         """
 
-    def kv_step(self, context: int, length: int, kv: str, budget: int) -> int:
+    def kv_step(
+        self,
+        context: int,
+        length: int,
+        kv: str,
+        budget: int,
+        heads: tuple[int, Sequence[Sequence[int]]] = (0, []),
+    ) -> int:
         """Bytes that a step reads of it."""
 
 def allocated() -> dict[str, int]:
@@ -330,10 +361,13 @@ class Cache:
         directory: str = "",
         disk_bytes: int = 18446744073709551615,
         read_delay_us: int = 0,
+        heads: tuple[int, Sequence[Sequence[int]]] = (0, []),
     ) -> None:
         """
         `budget`: tokens that a step chooses for each KV head, in layers that see everything; 0: it reads all.
         `slots`: pages of these layers in memory, the others in a file in `directory`; 0: all are.
+        `heads`: the window of streaming heads, and by layer a class for each KV head that sees everything:
+        0 indexed, 1 full, 2 streaming; empty: all are indexed.
         """
 
     @property

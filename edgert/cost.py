@@ -65,6 +65,12 @@ def weight_bytes(tensors: Iterable[SizedTensor]) -> WeightBytes:
     return WeightBytes(body, embedding, head)
 
 
+def page_bytes(spec: ModelSpec, kv: str = "f16") -> int:
+    """Bytes of a page of the disk tier: keys and values of 16 tokens in all layers that see everything."""
+    heads = sum(layer.n_kv_heads for layer in spec.layers if layer.kind == "attention" and not layer.window)
+    return round(16 * 2 * heads * spec.head_dim * KV_ELEMENT_BYTES[kv])
+
+
 def kv_bytes(spec: ModelSpec, positions: float, kv: str = "f16") -> float:
     """Bytes of keys and values that a step reads with ``positions`` in the cache; a sliding-window
     layer reads its window at most."""

@@ -24,8 +24,8 @@ def check_head(head: str, probes: int) -> None:
 
 
 def choose_sidecar(path: str, head: str, engine: str) -> Sidecar | None:
-    """The sidecar to use for ``head``, opened. Raises UsageError when one is needed and there is none,
-    ModelFileError when it is damaged or belongs to another file than ``path``."""
+    """The sidecar to use for ``head``, opened; None for the dense head. Raises UsageError when one is needed
+    and there is none, ModelFileError when it is damaged or belongs to another file than ``path``."""
     found = None if head == "dense" or engine == "llamacpp" else find_sidecar(Path(path))
     if found is not None:
         from .sidecar import Sidecar

@@ -17,6 +17,7 @@ from .engines import check_options, engine_for
 from .engines.base import Engine
 from .errors import ModelFileError, UnsupportedModelError, UsageError
 from .generate import Reply, Stream
+from .head_classes import ALL_INDEXED, check_heads
 from .heads import check_head, choose_retrieval, choose_sidecar
 from .locate import model_path
 from .placement import check_memory, make_tier
@@ -38,6 +39,7 @@ def load(
     probes: int = 0,
     attention: str = "full",
     budget: int = 0,
+    heads: str | PathLike[str] = "auto",
     memory: int | None = None,
     page_directory: str | PathLike[str] | None = None,
     page_limit: int | None = None,
@@ -48,7 +50,7 @@ def load(
     ``engine``: "native", "llamacpp", or "auto", which is native for what native knows.
     ``threads``: 0 takes as many as the machine has cores. ``context``: positions a session may
     hold; None is what the model was made for, or what memory allows when that is less (it is only
-    taken as a session grows).
+    taken as a session grows); more than it was made for must be asked for, and is warned of.
     ``kv``: type of the cached keys and values, "f16" or "q8" (int8, half the memory). ``head``: "dense";
     "flash", which scores the likely clusters of the vocabulary alone; "exact", which drafts with those and
     gives the dense head's tokens; or "auto", flash where the model has a sidecar (``edgert export``), else
@@ -56,12 +58,14 @@ def load(
     ``probes``: clusters that flash scores (0: the sidecar's number). ``attention``: "full", or "sparse", in
     which a decode step reads ``budget`` past tokens for each KV head (0: the default), those that a small
     index finds worth it, beside the first and the latest ones; prompts are read in full; or "exact", which
-    drafts with such steps and gives the tokens of full attention. ``memory``: the most bytes the process may
-    take with one session, whatever its context; with sparse or exact attention keys and values that do not
-    fit go to a file in ``page_directory`` (None: in edgert's cache) of at most ``page_limit`` bytes (None: as
-    many as it takes), and a step chooses among those in memory, which change with what the tokens before it
-    looked for, and with a retrieval head in its sidecar (``edgert export --retrieval-head``) with what the
-    next one is going to look for. Raises UsageError, ModelFileError,
+    drafts with such steps and gives the tokens of full attention. ``heads``: what each KV head keeps and
+    reads under sparse attention: "auto", as the model's sidecar says if it does (``edgert heads``);
+    "sidecar", the same or an error; "none", all choose; or the path of a pattern file. ``memory``: the most
+    bytes the process may take with one session, whatever its context; with sparse or exact attention keys and
+    values that do not fit go to a file in ``page_directory`` (None: in edgert's cache) of at most
+    ``page_limit`` bytes (None: as many as it takes), and a step chooses among those in memory, which change
+    with what the tokens before it looked for, and with a retrieval head in the sidecar (``edgert export
+    --retrieval-head``) with what the next one is going to look for. Raises UsageError, ModelFileError,
     UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
     model with a session of ``context`` does not fit the memory there is.
     """
@@ -69,16 +73,18 @@ def load(
     check_options(engine, threads, kv)
     check_memory(memory, engine)
     chosen = choose_budget(attention, budget, engine)
+    check_heads(heads, attention)
     file = _native.GgufFile(str(model_path(name_or_path)))
     trained = _trained_context(file)
     check_context(context, trained)
     sidecar = choose_sidecar(file.path, head, engine)
     retrieval = choose_retrieval(file.path, chosen, memory)
-    slots = 0
+    slots, classes = 0, ALL_INDEXED
     if engine != "llamacpp":
         with contextlib.suppress(UnsupportedModelError):  # the choice of an engine says what to do
-            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention, retrieval)
+            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention, heads, retrieval)
             context, slots = choose_context(case, context, memory)
+            classes = case.heads
             del case
     context = context or trained
     metadata = file.metadata
@@ -86,7 +92,7 @@ def load(
     tokenizer.start()
     tier = make_tier(slots, page_directory, page_limit)
     loaded = engine_for(
-        file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier, retrieval
+        file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier, classes, retrieval
     )
     if head == "auto":
         head = "flash" if sidecar and loaded.name == "native" else "dense"
@@ -241,6 +247,9 @@ class Model:
         self._fingerprint = self._fingerprint or fingerprint(self.path)
         # A cache with an index is laid out in another way, and sparse steps leave other keys and values.
         kind = {} if self.attention == "full" else {"attention": self.attention}
+        heads = getattr(self.engine, "heads", ALL_INDEXED)
+        if heads.classes:
+            kind["heads"] = heads.digest
         return {"model": self._fingerprint, "engine": self.engine.name, "kv": self.kv, **kind}
 
     def close(self) -> None:

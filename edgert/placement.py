@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
+from .head_classes import INDEXED
 from .locate import cache_dir
 from .tier import IN_MEMORY, Tier
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from .planner import Case
+    from .rates import Rates
 
 PAGE = 16  # tokens
 UNSURE = 1 / 32  # of the memory: what a plan may be wrong by, kept free where there is a choice
@@ -40,7 +43,9 @@ def place(case: Case, context: int, available: int) -> Case:
     def tiered(slots: int) -> Case:
         return replace(case, slots=slots)
 
-    _, low = case.sizes.tier(context, case.kv, case.chosen, 1)
+    if case.heads.classes and not case.heads.count(INDEXED):
+        return case  # no head chooses what it reads
+    _, low = case.sizes.tier(context, case.kv, case.chosen, 1, case.heads)
     high = -(-context // PAGE)
     if low > high or tiered(low).needed(context) > room:
         return case
@@ -48,6 +53,66 @@ def place(case: Case, context: int, available: int) -> Case:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if tiered(middle).needed(context) <= room else (low, middle - 1)
     return tiered(low)
+
+
+def longest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest n from 2 to ``most`` that fits, 0 when none does; what fits must fit when shorter."""
+    if not fits(2):
+        return 0
+    low, high = 2, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def longest_placed(case: Case, most: int, available: int) -> int:
+    """The longest context of at most ``most`` tokens that fits with pages on the disk, 0 when none does."""
+    return longest(most, lambda n: place(case, n, available).needed(n) <= available)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Where keys and values lie while a sequence has ``start`` to ``end`` tokens: all in memory (``slots``
+    0), or as many pages as there are ``slots`` and the others on the disk. ``seconds`` are a step's at
+    ``end`` tokens, which reads ``disk_bytes`` from the disk. ``context`` is what the model must be loaded
+    with."""
+
+    start: int
+    end: int
+    slots: int
+    context: int
+    seconds: float
+    disk_bytes: int
+
+
+def regimes(case: Case, context: int, most: int, available: int, rates: Rates) -> tuple[Regime, ...]:
+    """What holds at which length, up to ``most`` tokens: of a session of ``context`` tokens first, then of
+    longer ones, up to the longest that is not refused. The thresholds are those of SpeContext (arXiv
+    2512.00722, algorithm 2) for pages instead of layers, from sizes that are exact: nothing goes to the disk
+    while it fits into the slots that the whole context leaves room for, then one page at a time."""
+    from .plan_time import decode_steps
+
+    found: list[Regime] = []
+
+    def add(end: int, slots: int, context: int) -> None:
+        start = found[-1].end + 1 if found else 1
+        if end < start:
+            return
+        steps = decode_steps(replace(case, slots=slots), rates, end)
+        read = sum(step.bytes for step in steps if step.limit == "disk")
+        found.append(Regime(start, end, slots, context, sum(step.seconds for step in steps), read))
+
+    end = longest_placed(case, most, available)
+    slots = place(case, context, available).slots if context <= end else 0
+    if slots:
+        add(min(slots * PAGE, context), 0, context)
+        add(context, slots, context)
+    else:
+        in_memory = longest(end, lambda n: case.needed(n) <= available) if end else 0
+        add(in_memory, 0, max(context, in_memory))
+    add(end, place(case, end, available).slots if end else 0, end)
+    return tuple(found)
 
 
 def make_tier(slots: int, directory: str | PathLike[str] | None, limit: int | None) -> Tier:

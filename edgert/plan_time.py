@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .rates import BARRIER, MANY, READS, SCATTERED, TOKEN
+from .cost import page_bytes
+from .head_classes import FULL, INDEXED, SINKS, STREAMING
+from .rates import BARRIER, MANY, PAGE_READS, READS, SCATTERED, SECTION_READS, TOKEN
 
 if TYPE_CHECKING:
     from .planner import Case
@@ -19,8 +21,15 @@ BARRIERS = 6  # of a layer in decoding
 # al. 2009). With fast memory neither hides the other, as plan_check's table shows.
 OVERLAP = 1.2
 ALWAYS = 272  # tokens that sparse attention always reads, on average
+# Of sparse attention: the scan of a token in times of attending to it, and seconds of a layer for its choice.
+SCAN, CHOICE = 0.2, 40e-6
 # Share of the longest block that the exact modes draft on average: its length follows the agreement.
 BLOCK = 0.7
+# Pages that enter the set of a step, times the share of them that lies on the disk, and the most that do.
+ENTERING, MOST_ENTERING = 10.0, 8
+PAGE = 16  # tokens
+# Seconds that a byte from the disk costs the threads that compute, to which its checksum belongs.
+FROM_DISK = 0.2e-9
 # Share of full attention's tokens that drafts with sparse attention find, at the default budget.
 SPARSE_AGREEMENT = 0.96
 
@@ -28,7 +37,7 @@ SPARSE_AGREEMENT = 0.96
 @dataclass(frozen=True)
 class Step:
     """A part of the time: ``seconds``, the ``bytes`` it reads, and what it waits for ("memory",
-    "arithmetic" or "fixed")."""
+    "arithmetic", "disk" or "fixed")."""
 
     name: str
     seconds: float
@@ -42,9 +51,10 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
     body = _overlapped("body", sizes.step_body_bytes, _seconds_of_body(case, rates, 1), rates)
     # Pages are short: what they cost in arithmetic hides little of the reading (measured: the sum).
     read, pairs = (
-        sizes.kv_step(length, length, case.kv, case.chosen),
+        sizes.kv_step(length, length, case.kv, case.chosen, case.heads),
         _pairs(case, length, rates, case.chosen),
     )
+    pairs += _choosing(case, rates, length)
     reading = _reading(read, rates)
     attention = Step("attention", reading + pairs, read, "memory" if reading >= pairs else "arithmetic")
     fixed = TOKEN + BARRIERS * spec.n_layers * BARRIER * (rates.threads > 1)
@@ -56,9 +66,34 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
         seconds = math.hypot(_reading(flash, rates), flash / (rates.threads * SCATTERED))
         steps.append(Step("head", seconds, flash, "memory"))
     steps.append(Step("fixed", fixed, 0, "fixed"))
+    steps += _disk(case, rates, length, sum(step.seconds for step in steps))
     if "exact" in (case.head, case.attention):
         steps = _exact(case, rates, steps, length)
     return tuple(steps)
+
+
+def _choosing(case: Case, rates: Rates, length: int) -> float:
+    """What sparse attention takes beside attending: the scan of the index and the choice, layer by layer."""
+    spec, seconds = case.spec, 0.0
+    if not case.chosen or length <= case.chosen + ALWAYS:
+        return seconds
+    for layer in spec.layers:
+        if layer.kind == "attention" and not layer.window:
+            pairs = rates.pairs(case.kv, spec.head_dim, spec.n_heads // layer.n_kv_heads)
+            seconds += CHOICE + SCAN * spec.n_heads * length / pairs
+    return seconds
+
+
+def _disk(case: Case, rates: Rates, length: int, behind: float) -> list[Step]:
+    """Pages that enter the set of a step. They are read while another step runs, ``behind`` seconds long."""
+    pages = -(-length // PAGE)
+    if not case.slots or pages <= case.slots:
+        return []
+    size = page_bytes(case.spec, case.kv)
+    entering = min(ENTERING * (1 - case.slots / pages), MOST_ENTERING)
+    read = round(entering * size)
+    waits = max(rates.disk_seconds(entering, size, PAGE_READS) - behind, 0.0)
+    return [Step("disk", waits + read * FROM_DISK, read, "disk")]
 
 
 def prefill_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
@@ -70,7 +105,14 @@ def prefill_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
     # Position i attends to i positions, or its window.
     pairs = sum(_pairs(case, n, rates) * min(CHUNK, length) for n in range(CHUNK // 2, length, CHUNK))
     attention = Step("attention", pairs, 0, "arithmetic")
-    return body, attention, _dense_head(case, rates, 1)
+    streamed = [
+        step
+        for n in range(CHUNK, length, CHUNK)
+        for step in _streamed(case, rates, n, CHUNK * _pairs(case, n, rates))
+    ]
+    read, seconds = sum(step.bytes for step in streamed), sum(step.seconds for step in streamed)
+    disk = [Step("disk", seconds, read, "disk")] if streamed else []
+    return body, attention, *disk, _dense_head(case, rates, 1)
 
 
 def _reading(read: int, rates: Rates) -> float:
@@ -106,11 +148,14 @@ def _pairs(case: Case, length: int, rates: Rates, chosen: int = 0) -> float:
     ``chosen`` and the always read ones (0: all)."""
     spec = case.spec
     seconds = 0.0
-    for layer in spec.layers:
+    for i, layer in enumerate(spec.layers):
         if layer.kind == "attention":
-            seen = min(length, layer.window or length)
-            if chosen and not layer.window:
-                seen = min(seen, chosen + ALWAYS)
+            seen: float = min(length, layer.window or length)
+            if not layer.window:
+                choosing = min(length, chosen + ALWAYS) if chosen else length
+                reads = {INDEXED: choosing, FULL: length, STREAMING: min(length, case.heads.window + SINKS)}
+                classes = case.heads.classes[i] if case.heads.classes else [INDEXED]
+                seen = sum(reads[kind] for kind in classes) / len(classes)
             seconds += (
                 spec.n_heads * seen / rates.pairs(case.kv, spec.head_dim, spec.n_heads // layer.n_kv_heads)
             )
@@ -133,12 +178,18 @@ def _exact(case: Case, rates: Rates, drafts: list[Step], length: int) -> list[St
     steps = [
         Step(s.name, s.seconds * LONGEST / tokens, round(s.bytes * LONGEST / tokens), s.limit) for s in drafts
     ]
-    confirming = _confirming(case, rates, drafts, length)
+    parts = _confirming(case, rates, drafts, length)
+    confirming = [step for step in parts if step.limit != "disk"]
     read = sum(step.bytes for step in confirming)
     seconds = sum(step.seconds for step in confirming)
     limit = max(confirming, key=lambda step: step.seconds).limit
     tokens *= BLOCK
-    return [*steps, Step("confirming", seconds / tokens, round(read / tokens), limit)]
+    steps.append(Step("confirming", seconds / tokens, round(read / tokens), limit))
+    return steps + [
+        Step("pages", s.seconds / tokens, round(s.bytes / tokens), s.limit)
+        for s in parts
+        if s not in confirming
+    ]
 
 
 def _confirming(case: Case, rates: Rates, drafts: list[Step], length: int) -> list[Step]:
@@ -151,7 +202,21 @@ def _confirming(case: Case, rates: Rates, drafts: list[Step], length: int) -> li
     body = _overlapped("body", case.sizes.step_body_bytes, _seconds_of_body(case, rates, block), rates)
     read, pairs = case.sizes.kv_step(length, length, case.kv, 0), block * _pairs(case, length, rates)
     attention = Step("attention", _reading(read, rates) + pairs, read, "arithmetic")
+    parts = [body, attention, *_streamed(case, rates, length, attention.seconds)]
     if case.head != "flash":
-        return [body, attention, _dense_head(case, rates, block, parts=1)]
+        return [*parts, _dense_head(case, rates, block, parts=1)]
     flash = next(step for step in drafts if step.name == "head")
-    return [body, attention, Step("head", block * flash.seconds, block * flash.bytes, flash.limit)]
+    return [*parts, Step("head", block * flash.seconds, block * flash.bytes, flash.limit)]
+
+
+def _streamed(case: Case, rates: Rates, length: int, behind: float) -> list[Step]:
+    """The pages that are not in memory, which a pass over the full cache reads layer by layer while it
+    attends to others, ``behind`` seconds in all."""
+    away = -(-length // PAGE) - case.slots
+    if not case.slots or away <= 0:
+        return []
+    layers = sum(layer.kind == "attention" and not layer.window for layer in case.spec.layers)
+    size = page_bytes(case.spec, case.kv) // layers
+    waits = max(rates.disk_seconds(away * layers, size, SECTION_READS) - behind, 0.0)
+    read = away * layers * size
+    return [Step("disk", waits + read * FROM_DISK, read, "disk")]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import _native
 from .errors import PlanError, UsageError
+from .head_classes import ALL_INDEXED, INDEXED, NAMES, SINKS, HeadClasses, choose_heads
 from .locate import model_path
-from .placement import check_memory, place
+from .placement import check_memory, longest, longest_placed, place, regimes
 
 if TYPE_CHECKING:
     from .models import ModelSpec
+    from .placement import Regime
     from .plan_time import Step
     from .rates import Rates
     from .sidecar import Sidecar
@@ -42,6 +45,7 @@ FREED_METADATA = 0.3
 LONG_ARRAY = 4096  # elements; what describes layers is shorter
 THREAD_HEAP = 64 << 20  # addresses that glibc reserves for what a thread allocates
 READ_AHEAD = 1 << 18  # bytes of the file that each thread holds while it packs weights
+LARGEST_CONTEXT = 2**20  # of one that is asked for, whatever the model was made for
 LEAST_CONTEXT = 256  # a load that may choose its context is refused below this
 
 
@@ -69,7 +73,8 @@ class Plan:
 
     ``memory`` are the terms of the peak, ``available`` the bytes that ``limit`` leaves. ``decode`` are the
     parts of one step at ``context`` tokens, ``prefill`` of a prompt of that length, in seconds.
-    ``max_context`` is the longest that fits, 0 when none does.
+    ``max_context`` is the longest that fits, 0 when none does. ``regimes`` say where keys and values lie as a
+    sequence grows, of sparse and exact attention; what is longer than the last is refused.
     """
 
     model: str
@@ -87,6 +92,7 @@ class Plan:
     available: int
     limit: str
     max_context: int
+    regimes: tuple[Regime, ...]
     decode: tuple[Step, ...]
     prefill: tuple[Step, ...]
     remedies: tuple[Remedy, ...]
@@ -139,11 +145,13 @@ def plan(
     probes: int = 0,
     attention: str = "full",
     budget: int = 0,
+    heads: str | PathLike[str] = "auto",
 ) -> Plan:
     """The cost of running ``model`` (as in :func:`edgert.load`) with the native engine, from the headers of
     its files.
 
-    ``context``: tokens of prompt and answer together (None: what the model was made for). ``platform``: a
+    ``context``: tokens of prompt and answer together (None: what the model was made for; more is warned of).
+    ``platform``: a
     board edgert describes, or the path of a platform file; None is this machine, as `edgert doctor`
     measured it. ``memory``: bytes there are for the process (None: what the platform has, or this machine
     can give now); with sparse or exact attention, keys and values that do not fit into them go to the
@@ -166,7 +174,7 @@ def plan(
     sidecar = choose_sidecar(file.path, head, "native")
     retrieval = choose_retrieval(file.path, chosen, memory)
     case = Case.read(
-        file, sidecar, rates.lanes, rates.threads, kv, head, probes, chosen, attention, retrieval
+        file, sidecar, rates.lanes, rates.threads, kv, head, probes, chosen, attention, heads, retrieval
     )
     check_context(context, case.trained_context)
     context = context or case.trained_context
@@ -176,9 +184,7 @@ def plan(
         available, limit = rates.usable_memory, f"{rates.name}"
     else:
         available, limit = process_memory(rates.threads)
-    if memory is not None:
-        case = place(case, context, available)
-    return case.plan(context, rates, available, limit)
+    return case.plan(context, rates, available, limit, to_disk=memory is not None)
 
 
 class Header(Mapping[str, Any]):
@@ -216,6 +222,7 @@ class Case:
     head: str
     chosen: int  # past tokens that a step chooses for each KV head; 0: it reads all
     attention: str
+    heads: HeadClasses = ALL_INDEXED  # what each KV head keeps and reads
     slots: int = 0  # pages of keys and values in memory, the others on the disk; 0: all are
 
     @classmethod
@@ -230,10 +237,12 @@ class Case:
         probes: int,
         chosen: int = 0,
         attention: str = "full",
+        heads: str | PathLike[str] = "auto",
         retrieval: Sidecar | None = None,
     ) -> Case:
         """Options are checked by the caller; ``lanes`` and ``threads`` 0 are those that would run here.
-        Raises ModelFileError, UnsupportedModelError; UsageError when ``kv`` cannot hold the heads."""
+        Raises ModelFileError, UnsupportedModelError; UsageError when ``kv`` cannot hold the heads or
+        ``heads`` are not this model's."""
         from .cost import check_kv
         from .engines import native_spec
         from .platforms.detect import detect_threads
@@ -253,7 +262,8 @@ class Case:
             retrieval.file if retrieval else None,
         )
         budget = sidecar.budget(probes) if sidecar else (0, 0)
-        return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head, chosen, attention)
+        classes = choose_heads(heads, file.path, spec, attention)
+        return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head, chosen, attention, classes)
 
     @property
     def trained_context(self) -> int:
@@ -292,18 +302,22 @@ class Case:
     def _activations(self, context: int) -> int:
         # What confirms with the whole head is that of the exact head.
         head = "exact" if self.attention == "exact" and self.head == "dense" else self.head
-        return self.sizes.activations(context, head, *self.budget, self.kv, self.chosen)
+        return self.sizes.activations(context, head, *self.budget, self.kv, self.chosen, self.heads)
 
     def _kv(self, context: int) -> list[Part]:
-        shares, index, conv = self.sizes.kv(context, context, self.kv, self.chosen)
+        shares, index, conv = self.sizes.kv(context, context, self.kv, self.chosen, self.heads)
         layers = [layer.window for layer in self.spec.layers if layer.kind == "attention"]
         parts = []
-        for window, size in shares:
+        for window, size, kind, heads in shares:
             n = layers.count(window)
             what = f"{n} layers with a window of {window}" if window else f"{n} full layers"
             note = self.kv
-            if self.slots and not window:
-                size, _ = self.sizes.tier(context, self.kv, self.chosen, self.slots)
+            if heads:
+                what = f"{heads} {NAMES[kind]} heads"
+            if heads and window:
+                note += f", the first {SINKS} tokens and the last {window}"
+            if self.slots and not window and kind == INDEXED:
+                size, _ = self.sizes.tier(context, self.kv, self.chosen, self.slots, self.heads)
                 note += f", {self.slots} pages of 16 tokens; the others on the disk"
             parts.append(Part(f"KV cache, {what}", size, note))
         parts.append(Part("KV cache, index", index, "two bits a channel"))
@@ -330,9 +344,26 @@ class Case:
 
     def max_context(self, available: int) -> int:
         """The longest context that fits ``available`` bytes, at most what the model was made for."""
-        return _longest(self.trained_context, lambda n: self.needed(n) <= available)
+        return longest(self.trained_context, lambda n: self.needed(n) <= available)
 
-    def plan(self, context: int, rates: Rates, available: int, limit: str) -> Plan:
+    def plan(self, context: int, rates: Rates, available: int, limit: str, *, to_disk: bool = False) -> Plan:
+        """``to_disk``: keys and values that do not fit may go to the disk."""
+        if not to_disk or not self.chosen:
+            return self._plan(context, rates, available, limit, self.max_context(available))
+        most = max(self.trained_context, context)
+        longest = longest_placed(self, most, available)
+        found = regimes(self, context, most, available, rates)
+        return place(self, context, available)._plan(context, rates, available, limit, longest, found)
+
+    def _plan(
+        self,
+        context: int,
+        rates: Rates,
+        available: int,
+        limit: str,
+        max_context: int,
+        regimes: tuple[Regime, ...] = (),
+    ) -> Plan:
         from .plan_time import decode_steps, prefill_steps
 
         memory = self.memory(context)
@@ -351,7 +382,8 @@ class Case:
             memory=memory,
             available=available,
             limit=limit,
-            max_context=self.max_context(available),
+            max_context=max_context,
+            regimes=regimes,
             decode=decode_steps(self, rates, context),
             prefill=prefill_steps(self, rates, context),
             remedies=self.remedies(context, available),
@@ -371,11 +403,8 @@ class Case:
         from .download import size_text
 
         found: list[tuple[str, int]] = []
-        longest = self.max_context(available)
-        if longest:
-            found.append(
-                (f"a context of {longest} tokens (--context {longest})", needed - self.needed(longest))
-            )
+        if most := self.max_context(available):
+            found.append((f"a context of {most} tokens (--context {most})", needed - self.needed(most)))
         for kv in KV_TYPES:
             if self.spec.head_dim % KV_CHANNELS[kv]:
                 continue
@@ -405,11 +434,19 @@ class Case:
 
 
 def check_context(context: int | None, trained: int) -> None:
-    """Raises UsageError for a context that a model made for ``trained`` positions cannot have."""
+    """Warns of a context that is longer than the ``trained`` positions a model was made for: nobody has one
+    but who asks for it. Raises UsageError for one that makes no sense."""
     if context is None:
         return
-    if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= trained:
+    most = max(trained, LARGEST_CONTEXT)
+    if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= most:
         raise UsageError(f"context must be 2 to {trained}, which the model was made for, not {context!r}")
+    if context > trained:
+        warnings.warn(
+            f"a context of {context} tokens was asked for and the model was made for {trained}: what it says "
+            "after those is not to be relied on",
+            stacklevel=3,
+        )
 
 
 def choose_context(case: Case, context: int | None, memory: int | None = None) -> tuple[int, int]:
@@ -426,9 +463,10 @@ def choose_context(case: Case, context: int | None, memory: int | None = None) -
     if case.needed(asked) <= available:
         return asked, case.slots
     if context is None:
-        longest = case.max_context(available)
-        if longest >= LEAST_CONTEXT:
-            return longest, 0
+        most = case.trained_context
+        found = case.max_context(available) if memory is None else longest_placed(case, most, available)
+        if found >= LEAST_CONTEXT:
+            return found, 0 if memory is None else place(case, found, available).slots
         asked = min(LEAST_CONTEXT, asked)
     raise refusal(case, asked, available, limit)
 
@@ -489,14 +527,3 @@ def _address_space_left(threads: int) -> int | None:
     if not 0 < stack < 1 << 30:
         stack = 8 << 20
     return max(limit - used - (threads + 1) * (stack + THREAD_HEAP), 0)
-
-
-def _longest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest n from 2 to ``most`` that fits, 0 when none does; what fits must fit when shorter."""
-    if not fits(2):
-        return 0
-    low, high = 2, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -152,7 +152,10 @@ class Session:
             if cached != wanted:
                 break
             shared += 1
-        kept = sequence.rewind(shared)
+        try:
+            kept = sequence.rewind(shared)
+        except EngineError:  # pages that cannot be had back from the disk: all is computed again
+            kept = sequence.rewind(0)
         self._tokens = list(prompt)
         logits = None
         for start in range(kept, len(prompt), PREFILL_CHUNK):

@@ -13,30 +13,42 @@
     edgert.head.tokens          i32 array, token of each row of the head in cluster order, -1: padding
     edgert.head.special         i32 array, tokens that are always scored
     edgert.head.quality         string, JSON: what was measured on held-out text
+    edgert.heads.window         u32, latest tokens that streaming heads read
+    edgert.heads.classes        i32 array, class of each KV head (edgert/head_classes.py), layer by layer,
+                                with as many columns as any layer has KV heads
+    edgert.heads.quality        string, JSON: what was measured of them
     edgert.retrieval.layers     i32 array, layer of each head whose queries a retrieval head predicts
     edgert.retrieval.heads      i32 array, its number among the layer's heads of keys
     edgert.retrieval.predictor  string, "head" or "votes": what chooses pages better
     edgert.retrieval.quality    string, JSON: what was measured with either on held-out text
 
-The keys of ``edgert.head``, a FlashHead, or those of ``edgert.retrieval`` may be missing. The tensors of a
-FlashHead are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], for "lowrank"
-``head.projection`` [rank, dim] with ``head.rows`` [rows, rank], and for both all four; ``FlashHead`` in
-``native/decoder.h`` says what they mean, and ``native/weights.cpp`` checks them. The retrieval head's are
-``retrieval.down`` [rank, 2 * dim], ``retrieval.up`` [queries, rank], ``retrieval.bias`` [queries] and
-``retrieval.worth`` [heads]: ``native/retrieval.h``."""
+The keys of ``edgert.head``, a FlashHead, those of ``edgert.heads``, classes of KV heads, or those of
+``edgert.retrieval``, a retrieval head, may be missing. The tensors of a FlashHead are ``head.routers``
+[clusters, dim] with ``head.bias`` [clusters], for "lowrank" ``head.projection`` [rank, dim] with
+``head.rows`` [rows, rank], and for both all four; ``FlashHead`` in ``native/decoder.h`` says what they
+mean, and ``native/weights.cpp`` checks them. The retrieval head's are ``retrieval.down`` [rank, 2 * dim],
+``retrieval.up`` [queries, rank], ``retrieval.bias`` [queries] and ``retrieval.worth`` [heads]:
+``native/retrieval.h``.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _native
 from .errors import ModelFileError
+from .head_classes import NAMES, SINKS, STREAMING, HeadClasses, seeing_all
 from .session_file import fingerprint
+
+if TYPE_CHECKING:
+    from .models import ModelSpec
 
 VERSION = 2  # 1 had one stage
 RECIPES = ("clusters", "lowrank", "clusters+lowrank")
+CLASSES = "edgert.heads.classes"
+HEADS = "have all heads indexed (--heads none)"
 PREDICTORS = ("head", "votes")
 RETRIEVAL = "edgert.retrieval.predictor"
 
@@ -61,7 +73,8 @@ class Sidecar:
         keys = self.file.metadata_keys
         if RETRIEVAL in keys:
             self._read_retrieval()
-        if RETRIEVAL not in keys or any(key.startswith("edgert.head.") for key in keys):
+        others = CLASSES in keys or RETRIEVAL in keys
+        if not others or any(key.startswith("edgert.head.") for key in keys):
             self._read_head()
 
     def _read_retrieval(self) -> None:
@@ -111,6 +124,28 @@ class Sidecar:
         head's token; None when the sidecar does not say."""
         value = self.quality.get("agreement")
         return value if isinstance(value, float) and 0 <= value <= 1 else None
+
+    def heads(self, spec: ModelSpec) -> HeadClasses | None:
+        """The classes of KV heads, None when there are none. Raises ModelFileError when they are not those of
+        ``spec``."""
+        if CLASSES not in self.file.metadata_keys:
+            return None
+        window, flat = self._read("edgert.heads.window", int), self._read(CLASSES, list)
+        columns = max(layer.n_kv_heads for layer in spec.layers)
+        if len(flat) != spec.n_layers * columns:
+            raise self._refuse(
+                CLASSES, f"expected {spec.n_layers} rows of {columns}, found {len(flat)} numbers", HEADS
+            )
+        if not all(isinstance(kind, int) and 0 <= kind < len(NAMES) for kind in flat):
+            raise self._refuse(CLASSES, f"expected numbers from 0 to {STREAMING}", HEADS)
+        if window < SINKS:
+            raise self._refuse("edgert.heads.window", f"expected at least {SINKS}, found {window}", HEADS)
+        full = set(seeing_all(spec))
+        rows = [
+            flat[i * columns : i * columns + layer.n_kv_heads] if i in full else []
+            for i, layer in enumerate(spec.layers)
+        ]
+        return HeadClasses(window, rows)
 
     def _read(self, key: str, kind: type) -> Any:
         # One key at a time: as Python values the token of each row would take ten times its memory.

@@ -18,7 +18,7 @@ from edgert.export.clusters import UNIT, Ids, Matrix, Metric, bisect, cluster_lo
 from edgert.export.gguf_writer import Tensor, Value
 from edgert.export.head_quality import Ranking, Truth, find_truth
 from edgert.export.quantise import dequantise, q4_0, q4_0_for, q8_0
-from edgert.export.sidecar_file import write_part
+from edgert.export.sidecar_writer import write_part
 from edgert.export.states import OWN_PREFIX, OWN_TOKENS, HeadInputs
 
 from edgert import _native
@@ -138,7 +138,7 @@ def export_flash_head(
         "edgert.head.quality": json.dumps(quality),
     }
     tensors = [_whole(t, head.padded(best.size).size) for t in best.tensors]
-    write_part(target, model, "edgert.head.", "head.", metadata, tensors)
+    write_part(target, model, "head", metadata, tensors)
     return Exported(target, quality, tried)
 
 

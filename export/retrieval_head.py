@@ -25,7 +25,7 @@ from edgert.export.retrieval_quality import BUDGET, SCORED, measure, recall
 from edgert.export.retrieval_text import Ids, lookup_sequence, own_sequence, text_sequences
 from edgert.export.retrieval_trace import Trace, Tracer, full_layers
 from edgert.export.retrieval_train import Sequences, evaluate, save, train
-from edgert.export.sidecar_file import write_part
+from edgert.export.sidecar_writer import write_part
 from edgert.export.torch_decoder import TorchDecoder
 
 from edgert import _native
@@ -116,7 +116,7 @@ def export_retrieval_head(
         "edgert.retrieval.quality": "{}",
     }
     trial = work.path("trial.gguf")
-    write_part(trial, model, "edgert.retrieval.", "retrieval.", metadata, tensors)
+    write_part(trial, model, "retrieval", metadata, tensors)
     done = steps("measuring the result", 2 * SCORED * len(held))
     losses = measure(file, spec, _native.GgufFile(str(trial)), held, request.budget, done)
     better = "head" if losses["head"].kl < losses["votes"].kl else "votes"
@@ -131,7 +131,7 @@ def export_retrieval_head(
     }
     metadata["edgert.retrieval.predictor"] = better
     metadata["edgert.retrieval.quality"] = json.dumps(quality)
-    write_part(target, model, "edgert.retrieval.", "retrieval.", metadata, tensors)
+    write_part(target, model, "retrieval", metadata, tensors)
     work.remove()
     return Exported(target, better, quality)
 

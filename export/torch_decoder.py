@@ -53,11 +53,13 @@ class TorchDecoder:
         """The stream that enters layer 0, [B, T, dim]."""
         return self.embedding[ids] * self.spec.embed_scale
 
-    def layer(self, i: int, x: Tensor, attend: Attend | None = None) -> Tensor:
-        """The stream after layer ``i`` of the stream ``x`` [B, T, dim] before it."""
+    def layer(self, i: int, x: Tensor, attend: Attend | None = None, start: int = 0) -> Tensor:
+        """The stream after layer ``i`` of the stream ``x`` [B, T, dim] before it, of the positions from
+        ``start`` on. Where these are not all, ``attend`` must know the keys and values before them; what it
+        is given is of the T positions alone."""
         spec, layer, p = self.spec, self.spec.layers[i], f"blk.{i}."
         h = self._norm(x, p + "attn_norm")
-        h = self._conv(p, h) if layer.kind == "conv" else self._attention(i, h, attend)
+        h = self._conv(p, h) if layer.kind == "conv" else self._attention(i, h, attend, start)
         if spec.post_norms:
             h = self._norm(h, p + "post_attention_norm")
         x = x + h
@@ -78,8 +80,9 @@ class TorchDecoder:
         name = "token_embd.weight" if self.spec.tied_head else "output.weight"
         return self.normed(states) @ self._w[name].T
 
-    def qkv(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of attention layer ``i`` as ``Attend`` takes them, from its normed input [B, T, dim]."""
+    def qkv(self, i: int, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of attention layer ``i`` as ``Attend`` takes them, from its normed input [B, T, dim] at
+        the positions from ``start`` on."""
         spec, layer, p = self.spec, self.spec.layers[i], f"blk.{i}."
         b, n = x.shape[:2]
         q = self._linear(x, p + "attn_q").view(b, n, spec.n_heads, spec.head_dim)
@@ -88,12 +91,12 @@ class TorchDecoder:
         if spec.qk_norm:
             q, k = self._norm(q, p + "attn_q_norm"), self._norm(k, p + "attn_k_norm")
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return self._rope(layer, q), self._rope(layer, k), v
+        return self._rope(layer, q, start), self._rope(layer, k, start), v
 
-    def _attention(self, i: int, x: Tensor, attend: Attend | None) -> Tensor:
+    def _attention(self, i: int, x: Tensor, attend: Attend | None, start: int) -> Tensor:
         layer = self.spec.layers[i]
         b, n = x.shape[:2]
-        q, k, v = self.qkv(i, x)
+        q, k, v = self.qkv(i, x, start)
         if attend is not None:
             out = attend(i, q, k, v, allowed(n, layer.window))
         else:
@@ -110,7 +113,7 @@ class TorchDecoder:
             )
         return self._linear(out.transpose(1, 2).reshape(b, n, -1), f"blk.{i}.attn_output")
 
-    def _rope(self, layer: LayerSpec, x: Tensor) -> Tensor:
+    def _rope(self, layer: LayerSpec, x: Tensor, start: int) -> Tensor:
         """``x`` [B, heads, T, hd]; the first ``rope_dims`` of a head turn, in pairs."""
         dims = self.spec.rope_dims
         pairs = dims // 2
@@ -119,7 +122,7 @@ class TorchDecoder:
         frequency = layer.rope_scale / layer.rope_base**power
         if self.spec.rope_factors:
             frequency = frequency / self._w["rope_freqs.weight"].double()
-        angle = torch.arange(x.shape[2], dtype=torch.float64)[:, None] * frequency
+        angle = torch.arange(start, start + x.shape[2], dtype=torch.float64)[:, None] * frequency
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         turned, rest = x[..., :dims], x[..., dims:]
         if self.spec.rope_style == "interleaved":

@@ -49,6 +49,7 @@ void scan(const Scan& s) {
   const float* base = reinterpret_cast<const float*>(s.index);
   const float* step = base + s.head_dim;
   const uint8_t* packed = s.index + 8 * size_t(s.head_dim);
+  const size_t share = index_block_bytes(s.head_dim) / (kIndexTokens / kPageTokens);
   float best[kIndexTokens];
   in_rows<kGroupRows>(0, s.rows, [&]<int N>(uint32_t r) {
     int8_t codes[N][kMaxHeadDim];  // of the query, with the steps in it
@@ -68,7 +69,8 @@ void scan(const Scan& s) {
       scale[n] = kWorthSteps * most / 127.0f;
       offset[n] = kWorthSteps * (vf_hsum(constant) - s.level[r + n]);
     }
-    for (uint32_t p = 0; p < kIndexTokens / kPageTokens; ++p, packed += kPageTokens * s.head_dim / 4)
+    for (uint32_t p = 0; p < kIndexTokens / kPageTokens; ++p, packed += kPageTokens * s.head_dim / 4) {
+      if (r == 0) fetch_record(s.next + p * share, share);
       for (int v = 0; v < PV; ++v) {
         Dot<2> dot[N];
         for (uint32_t g = 0; g < s.head_dim / 16; ++g) {
@@ -86,19 +88,21 @@ void scan(const Scan& s) {
         });
         vf_store(place, most);
       }
+    }
     packed = s.index + 8 * size_t(s.head_dim);
   });
   for (uint32_t t = 0; t < kIndexTokens; t += L)
     vf_store_i8(s.worth + t, vf_round(vf_min(vf_max(vf_load(best + t), vf_set1(-127.0f)), vf_set1(127.0f))));
 }
 
-void pick(const int8_t* worth, uint32_t n, uint32_t count, uint32_t* places) {
-  if (count == 0) return;
+uint32_t pick(const int8_t* worth, uint32_t n, uint32_t count, int floor, uint32_t* places) {
   const auto above = [&](int limit) {
     uint32_t found = 0;
     for (uint32_t i = 0; i < n; i += 64) found += uint32_t(std::popcount(above64(worth + i, limit)));
     return found;
   };
+  count = std::min(count, above(floor));
+  if (count == 0) return 0;
   // The largest limit with at least `count` above it; those one above the limit are the last to be taken.
   int limit = kNever;
   for (int bit = 128; bit; bit /= 2)
@@ -110,4 +114,5 @@ void pick(const int8_t* worth, uint32_t n, uint32_t count, uint32_t* places) {
       taken |= equal & (~equal + 1);
     for (; taken; taken &= taken - 1) *places++ = i + uint32_t(std::countr_zero(taken));
   }
+  return count;
 }

@@ -3,13 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "checksum.h"
 #include "error.h"
 
 namespace edgert {
 namespace {
 
 constexpr size_t kSlab = size_t(4) << 20;
-constexpr uint64_t kMagic = 0x344b4545;  // "EEK4"
+constexpr uint64_t kMagic = 0x354b4545;  // "EEK5"
 
 // What a saved cache begins with.
 uint64_t magic(KvType type) { return kMagic | uint64_t(type) << 32; }
@@ -42,53 +43,96 @@ KvCache::KvCache(const ModelSpec& spec, uint32_t context, KvType type, const Sel
         throw EngineError("sparse attention takes at most " + std::to_string(kMaxGroup) +
                           " query heads to a KV head: use attention=\"full\"");
   if (context == 0) throw EngineError("a session needs a context of at least 1 token");
+  check_heads(spec);
   uint32_t convs = 0;
-  for (const LayerSpec& l : spec.layers) {
-    Place p;
+  for (uint32_t i = 0; i < spec.layers.size(); ++i) {
+    const LayerSpec& l = spec.layers[i];
+    layers_.emplace_back();
     if (l.conv) {
-      p.conv = true;
-      p.offset = convs++;
+      layers_[i].first = convs++;
       conv_reach_ = spec.conv_kernel - 1;
-    } else {
-      uint32_t i = 0;
-      while (i < classes_.size() && classes_[i].window != l.window) ++i;
-      if (i == classes_.size()) {
-        Class c;
-        c.window = l.window;
-        if (selection.budget && !l.window) c.tokens = kPageTokens;
-        if (l.window && l.window < context) c.ring = chunks(l.window + kMaxChunk) + 1;
-        classes_.push_back(std::move(c));
-      }
-      p.cls = i;
-      p.offset = classes_[i].piece_bytes;
-      p.kv_heads = l.n_kv_heads;
-      if (classes_[i].tokens == kPageTokens) {
-        p.section = classes_[i].layers++;
-        classes_[i].piece_bytes += kPageTokens * record_ * l.n_kv_heads;
-        p.index = index_.piece_bytes;
-        index_.piece_bytes += index_block_bytes(head_dim_) * l.n_kv_heads;
-      } else {
-        classes_[i].piece_bytes += 2 * half_ * l.n_kv_heads;
-      }
+      continue;
     }
-    places_.push_back(p);
+    layers_[i].first = uint32_t(places_.size());
+    layers_[i].selects = selection.budget && !l.window;
+    layers_[i].section = uint32_t(sections_.size());
+    const bool classes = layers_[i].selects && !selection.heads.empty();
+    for (uint32_t head = 0; head < l.n_kv_heads; ++head)
+      add_head(l, classes ? selection.heads[i][head] : HeadClass::Indexed);
+    if (const size_t n = layers_[i].recorded.size()) sections_.push_back(n * kPageTokens * record_);
   }
   conv_buffer_ = Buffer(size_t(convs) * kConvRing * dim_ * sizeof(float), "the convolution state");
   conv_ = reinterpret_cast<float*>(conv_buffer_.data());
-  if (tier.slots) {
-    make_tier(spec, tier);
-    states_.emplace(dim_);
+  if (!tier.slots) return;
+  if (!records()) throw EngineError("only sparse attention keeps keys and values on a disk, and of heads that choose what they read");
+  tier_ = std::make_unique<Tier>(tier, sections_, selection.budget);
+  states_.emplace(dim_);
+}
+
+void KvCache::check_heads(const ModelSpec& spec) const {
+  const auto& heads = selection_.heads;
+  if (heads.empty()) return;
+  if (!selection_.budget) throw EngineError("classes of heads are for sparse attention");
+  if (heads.size() != spec.layers.size())
+    throw EngineError("classes of heads are of " + std::to_string(heads.size()) + " layers, the model has " +
+                      std::to_string(spec.layers.size()));
+  if (selection_.window < kPageTokens)
+    throw EngineError("streaming heads see at least the last " + std::to_string(kPageTokens) + " tokens, not " +
+                      std::to_string(selection_.window));
+  for (uint32_t i = 0; i < heads.size(); ++i) {
+    const LayerSpec& l = spec.layers[i];
+    const size_t expected = l.conv || l.window ? 0 : l.n_kv_heads;
+    if (heads[i].size() != expected)
+      throw EngineError("layer " + std::to_string(i) + " has " + std::to_string(expected) +
+                        " KV heads that see everything, classes are given of " + std::to_string(heads[i].size()));
   }
 }
 
-void KvCache::make_tier(const ModelSpec& spec, const TierShape& shape) {
-  const Class* const records = this->records();
-  if (!records) throw EngineError("only sparse attention keeps keys and values on a disk, and of layers that see everything");
-  const size_t section = records->piece_bytes / records->layers;
-  for (uint32_t layer = 0; layer < spec.layers.size(); ++layer)
-    if (this->records(layer) && places_[layer].offset != places_[layer].section * section)
-      throw EngineError("keys and values go to a disk only where all layers that see everything have as many heads");
-  tier_ = std::make_unique<Tier>(shape, section, records->layers, selection_.budget);
+// The class of a head, which is made when there is none.
+uint32_t KvCache::class_for(const LayerSpec& layer, HeadClass kind) {
+  const bool streaming = kind == HeadClass::Streaming;
+  const uint32_t window = streaming ? selection_.window : layer.window;
+  uint32_t i = 0;
+  while (i < classes_.size() && (classes_[i].window != window || classes_[i].kind != kind)) ++i;
+  if (i < classes_.size()) return i;
+  Class& c = classes_.emplace_back();
+  c.kind = kind;
+  c.window = window;
+  if (selection_.budget && !window && kind == HeadClass::Indexed) c.tokens = kPageTokens;
+  if (window && window < context_) c.ring = chunks(window + kMaxChunk) + 1;
+  return i;
+}
+
+void KvCache::add_head(const LayerSpec& layer, HeadClass kind) {
+  Layer& to = layers_.back();
+  const uint32_t head = uint32_t(places_.size()) - to.first;
+  Place& p = places_.emplace_back();
+  p.cls = class_for(layer, kind);
+  Class& c = classes_[p.cls];
+  ++c.heads;
+  p.offset = c.piece_bytes;
+  if (c.tokens == kPageTokens) {
+    to.recorded.push_back(head);
+    c.piece_bytes += kPageTokens * record_;
+    p.index = index_.piece_bytes;
+    index_.piece_bytes += index_block_bytes(head_dim_);
+    return;
+  }
+  to.paged.push_back(head);
+  c.piece_bytes += 2 * half_;
+  if (kind != HeadClass::Streaming) return;
+  p.index = c.sink_bytes;
+  c.sink_bytes += 2 * page_;
+}
+
+uint64_t KvCache::pattern() const {
+  if (selection_.heads.empty()) return 0;
+  std::string all = std::to_string(selection_.window);
+  for (const auto& layer : selection_.heads) {
+    all += '/';
+    for (const HeadClass c : layer) all += char(c);
+  }
+  return checksum(reinterpret_cast<const uint8_t*>(all.data()), all.size());
 }
 
 const KvCache::Class* KvCache::records() const {
@@ -99,14 +143,16 @@ const KvCache::Class* KvCache::records() const {
 
 size_t KvCache::tier_bytes_at(uint32_t length, uint32_t slots) const {
   const Class* const c = records();
-  return c ? Tier::bytes(c->piece_bytes / c->layers, c->layers, slots, uint32_t(pieces_needed(*c, length))) + LastStates::bytes(dim_) : 0;
+  return c ? Tier::bytes(sections_, slots, uint32_t(pieces_needed(*c, length))) + LastStates::bytes(dim_) : 0;
 }
 
 size_t KvCache::bytes() const {
   size_t n = conv_buffer_.bytes();
   if (tier_) n += tier_->bytes() + LastStates::bytes(dim_);
-  for (const Class& c : classes_)
+  for (const Class& c : classes_) {
+    n += c.sinks.bytes();
     for (const Buffer& b : c.slabs) n += b.bytes();
+  }
   for (const Buffer& b : index_.slabs) n += b.bytes();
   return n;
 }
@@ -114,8 +160,10 @@ size_t KvCache::bytes() const {
 std::vector<KvCache::Share> KvCache::shares_at(uint32_t length) const {
   std::vector<Share> shares;
   for (const Class& c : classes_) {
-    const size_t of_slab = pieces_of_slab(c);
-    shares.push_back({c.window, slabs(pieces_needed(c, length), of_slab) * Buffer::rounded(of_slab * c.piece_bytes)});
+    const size_t of_slab = pieces_of_slab(c), pieces = pieces_needed(c, length);
+    const size_t bytes = slabs(pieces, of_slab) * Buffer::rounded(of_slab * c.piece_bytes);
+    const bool layers = selection_.heads.empty() || (c.window && c.kind != HeadClass::Streaming);
+    shares.push_back({c.window, bytes + (pieces && c.sink_bytes ? Buffer::rounded(c.sink_bytes) : 0), c.kind, layers ? 0 : c.heads});
   }
   return shares;
 }
@@ -134,6 +182,7 @@ size_t KvCache::pieces_needed(const Class& c, uint32_t length) const {
 }
 
 void KvCache::grow(Class& c, size_t pieces) {
+  if (pieces && c.sink_bytes && !c.sinks.data()) c.sinks = Buffer(c.sink_bytes, "the KV cache");
   while (c.pieces.size() < pieces) {
     if (c.slabs.empty() || c.slab_used + c.piece_bytes > c.slabs.back().bytes()) {
       c.slabs.emplace_back(pieces_of_slab(c) * c.piece_bytes, "the KV cache");
@@ -149,7 +198,7 @@ void KvCache::reserve(uint32_t length) {
     throw EngineError("the sequence would be " + std::to_string(length) + " tokens, the context holds " +
                       std::to_string(context_) + ": shorten the prompt or load with a larger context");
   for (Class& c : classes_)
-    if (!paged(c)) grow(c, pieces_needed(c, length));
+    if (!tiered(c)) grow(c, pieces_needed(c, length));
   if (index_.piece_bytes) grow(index_, length / kIndexTokens);
 }
 
@@ -172,7 +221,7 @@ void KvCache::open_ends() {
 
 void KvCache::find_pieces() {
   for (Class& c : classes_) {
-    if (!paged(c)) continue;
+    if (!tiered(c)) continue;
     c.pieces.resize(tier_->store().pages());
     for (uint32_t page = 0; page < c.pieces.size(); ++page)
       // During a pass other threads read the places of pages that were there before: those are not written.
@@ -187,6 +236,7 @@ void KvCache::end(uint32_t length, bool sparse, uint32_t blocks, const float* wo
     tier_->end(blocks * kBlockPages, sparse, worth, heads, stride);
   }
   indexed_ = blocks;
+  picked_.reset();
   length_ = length;
   high_ = std::max(high_, length);
 }
@@ -209,6 +259,7 @@ uint32_t KvCache::rewind(uint32_t length) {
   if (states_) states_->rewind(length);
   length_ = length;
   indexed_ = blocks;
+  picked_.reset();
   if (length_ == 0) high_ = 0;
   return length_;
 }
@@ -217,6 +268,7 @@ size_t KvCache::step_bytes_at(uint32_t length) const {
   size_t n = 0;
   for (const Class& c : classes_) {
     uint32_t seen = c.window ? std::min(c.window, length) : length;
+    if (c.kind == HeadClass::Streaming) seen = std::min(c.window + kPageTokens, length);
     if (c.tokens == kPageTokens) {
       const uint32_t indexed = blocks_at(length) * kIndexTokens, between = indexed - std::min(indexed, selection_.sinks);
       if (between > selection_.budget) {
@@ -227,6 +279,13 @@ size_t KvCache::step_bytes_at(uint32_t length) const {
     n += c.piece_bytes / c.tokens * seen;
   }
   return n;
+}
+
+size_t KvCache::step_bytes() const {
+  const size_t most = step_bytes_at(length_);
+  const Class* c = records();
+  if (!c || !picked_ || blocks_at(length_) * kIndexTokens <= selection_.sinks + selection_.budget) return most;
+  return most - c->piece_bytes / c->tokens * selection_.budget + *picked_ * record_;
 }
 
 template <class F>
@@ -241,6 +300,7 @@ void KvCache::for_used(const Class& c, uint32_t length, F&& f) const {
     const size_t used = std::min<size_t>(left, kChunkPages) * page_;
     for (size_t at = 0; at < c.piece_bytes; at += half_) f(c.pieces[i] + at, used);
   }
+  if (n && c.sink_bytes) f(c.sinks.data(), c.sink_bytes);
 }
 
 std::string KvCache::save() const {
@@ -249,15 +309,15 @@ std::string KvCache::save() const {
   std::string choice = tier_ ? tier_->save(pages_at(length_)) : "";
   if (const float* state = states_ && length_ ? states_->at(length_ - 1) : nullptr)
     choice.append(reinterpret_cast<const char*>(state), dim_ * sizeof(float));
-  const uint64_t head[] = {magic(type_), length_, high_, indexed_, classes_.size(), page_, conv_buffer_.bytes(), choice.size()};
+  const uint64_t head[] = {magic(type_), length_, high_, indexed_, classes_.size(), page_, conv_buffer_.bytes(), choice.size(), pattern()};
   put(head, sizeof head);
   for (const Class& c : classes_) {
     // Records are used up to the length, rings and what grows like them up to the highest position.
-    const uint32_t used = c.layers ? length_ : high_;
+    const uint32_t used = c.tokens == kPageTokens ? length_ : high_;
     const uint64_t pieces = pieces_needed(c, used);
     const uint64_t shape[] = {c.window, c.tokens, c.ring, c.piece_bytes, pieces};
     put(shape, sizeof shape);
-    if (!paged(c)) {
+    if (!tiered(c)) {
       for_used(c, used, put);
       continue;
     }
@@ -280,29 +340,32 @@ void KvCache::load(const std::string& state) {
     std::memcpy(p, state.data() + at, n);
     at += n;
   };
-  uint64_t head[8];
+  uint64_t head[9];
   get(head, sizeof(uint64_t));
   if (uint32_t(head[0]) != kMagic) throw EngineError("it was not saved by this version of the native engine: read the prompt again");
   if (head[0] != magic(type_))
     throw EngineError("the saved session has keys and values of another type than this one: load the model with the kv it had");
   get(head + 1, sizeof head - sizeof(uint64_t));
-  const auto [kind, length, high, indexed, classes, page, conv, choice] = head;
+  const auto [kind, length, high, indexed, classes, page, conv, choice, heads] = head;
+  if (heads != pattern())
+    throw EngineError("the saved session has other classes of heads than this one: load the model with those it had");
   if (classes != classes_.size() || page != page_ || conv != conv_buffer_.bytes()) throw EngineError("the saved session is of another model");
   if (length > high || high > context_)
     throw EngineError("the saved session holds " + std::to_string(high) + " tokens, the context " +
                       std::to_string(context_) + ": open the session with a larger context");
   if (indexed > length / kIndexTokens || (indexed && !index_.piece_bytes)) throw EngineError("the saved session has an index of no use");
   length_ = high_ = indexed_ = 0;
+  picked_.reset();
   if (tier_) tier_->rewind(0, 0);
   if (index_.piece_bytes) grow(index_, high / kIndexTokens);
   for (Class& c : classes_) {
     uint64_t shape[5];
     get(shape, sizeof shape);
-    const uint32_t used = uint32_t(c.layers ? length : high);
+    const uint32_t used = uint32_t(c.tokens == kPageTokens ? length : high);
     const uint64_t pieces = pieces_needed(c, used);
     if (shape[0] != c.window || shape[1] != c.tokens || shape[2] != c.ring || shape[3] != c.piece_bytes || shape[4] != pieces)
       throw EngineError("the saved session is of another model, of another context length or of another kind of attention");
-    if (!paged(c)) {
+    if (!tiered(c)) {
       grow(c, pieces);
       for_used(c, used, get);
       continue;

@@ -15,11 +15,16 @@ constexpr uint32_t kAhead = 32;
 size_t round_up(size_t n) { return (n + PageFile::kAlign - 1) / PageFile::kAlign * PageFile::kAlign; }
 
 PageStore::Shape checked(const PageStore::Shape& s) {
-  if (s.page_bytes == 0 || s.sections == 0 || s.page_bytes % s.sections != 0)
-    throw EngineError("a page is cut into sections of equal size: " + std::to_string(s.page_bytes) +
-                      " bytes cannot be cut into " + std::to_string(s.sections));
+  if (s.section_bytes.empty() || std::count(s.section_bytes.begin(), s.section_bytes.end(), size_t(0)))
+    throw EngineError("a page of the KV cache is cut into sections of at least 1 byte");
   if (s.slots == 0) throw EngineError("the KV cache needs memory for at least 1 page, not 0");
   return s;
+}
+
+std::vector<size_t> begins(const std::vector<size_t>& bytes) {
+  std::vector<size_t> at{0};
+  for (const size_t n : bytes) at.push_back(at.back() + n);
+  return at;
 }
 
 std::string mib(uint64_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }
@@ -29,8 +34,8 @@ std::string mib(uint64_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }
 PageStore::PageStore(const std::string& directory, const Shape& shape, uint32_t read_delay_us)
     : shape_(checked(shape)),
       read_delay_us_(read_delay_us),
-      section_bytes_(shape.page_bytes / shape.sections),
-      stride_(round_up(shape.page_bytes)),
+      begins_(begins(shape.section_bytes)),
+      stride_(round_up(begins_.back())),
       cap_pages_(shape.disk_cap_bytes / stride_),
       ahead_(std::min(shape.slots, std::max(kAhead, shape.slots / 8))),
       file_(directory),
@@ -58,7 +63,7 @@ PageStore::Page& PageStore::at(uint32_t page) {
 }
 
 uint8_t* PageStore::add() {
-  auto sums = std::make_unique<uint64_t[]>(shape_.sections);
+  auto sums = std::make_unique<uint64_t[]>(sections());
   Lock lock(mutex_);
   const uint32_t page = pages();
   const uint32_t slot = wait_slot(lock, page);

@@ -7,7 +7,7 @@
 // longest ago (the lowest number first among equals). need() gives a page or waits for it, so what a caller
 // computes depends on the pages it asks for and never on which of them arrived in time.
 //
-// A page is cut into sections of equal size, each with a checksum that stays in memory: so a page from the disk is
+// A page is cut into sections, each with a checksum that stays in memory: so a page from the disk is
 // found to be damaged, stale or another one, and a section can be read alone. The table is the truth; the file has
 // no header and means nothing to any other process.
 //
@@ -37,8 +37,7 @@ namespace edgert {
 class PageStore {
  public:
   struct Shape {
-    size_t page_bytes;
-    uint32_t sections;        // of a page
+    std::vector<size_t> section_bytes;  // of the sections of a page
     uint32_t slots;           // pages in memory
     uint64_t disk_cap_bytes;  // the most that the file may take
   };
@@ -66,6 +65,10 @@ class PageStore {
 
   const Shape& shape() const { return shape_; }
   const PageFile& file() const { return file_; }
+  uint32_t sections() const { return static_cast<uint32_t>(begins_.size() - 1); }
+  size_t begin_of(uint32_t section) const { return begins_[section]; }  // in a page; that of sections() is its end
+  size_t section_bytes(uint32_t section) const { return begins_[section + 1] - begins_[section]; }
+  size_t page_bytes() const { return begins_.back(); }
   uint32_t pages() const { return static_cast<uint32_t>(pages_.size()); }
   // What slots take of memory when all are in use; the table takes 8 bytes more for each section of each page.
   size_t bytes() const { return slots_.bytes(); }
@@ -91,7 +94,7 @@ class PageStore {
 
   struct SectionRead {
     uint32_t page, section;
-    uint8_t* dst;  // page_bytes / sections bytes
+    uint8_t* dst;  // section_bytes(section) bytes
   };
   // Sections read past the slots, many in flight, from pages that are not open. `reads` outlives it. Started at once.
   class SectionReads {
@@ -169,7 +172,8 @@ class PageStore {
 
   const Shape shape_;
   const uint32_t read_delay_us_;
-  const size_t section_bytes_, stride_;  // from page to page, in memory and in the file
+  const std::vector<size_t> begins_;     // [sections + 1]
+  const size_t stride_;                  // from page to page, in memory and in the file
   const uint64_t cap_pages_;             // that fit into the file
   const uint32_t ahead_;                 // free slots below which pages are written
   PageFile file_;

@@ -22,8 +22,9 @@ bool PageStore::wake(size_t jobs, size_t most) {
   const size_t target = std::min({jobs, most, kMostThreads});
   try {
     threads_.reserve(kMostThreads);
+    const size_t largest = *std::max_element(shape_.section_bytes.begin(), shape_.section_bytes.end());
     while (threads_.size() < target)
-      threads_.emplace_back([this, scratch = Buffer(section_bytes_ + 2 * PageFile::kAlign, "reads of the KV cache")] {
+      threads_.emplace_back([this, scratch = Buffer(largest + 2 * PageFile::kAlign, "reads of the KV cache")] {
         serve(scratch.data());
       });
   } catch (const std::exception&) {  // the system refuses: those that run do the work
@@ -53,12 +54,12 @@ void PageStore::serve(uint8_t* scratch) {
 PageStore::Fault PageStore::fetch(const Page& p, uint32_t page, uint32_t first, uint32_t last, uint8_t* dst) const {
   if (read_delay_us_ > 0) std::this_thread::sleep_for(std::chrono::microseconds(read_delay_us_));
   constexpr size_t align = PageFile::kAlign;
-  const size_t begin = first * section_bytes_ / align * align;
-  const size_t end = (last * section_bytes_ + align - 1) / align * align;
+  const size_t begin = begins_[first] / align * align;
+  const size_t end = (begins_[last] + align - 1) / align * align;
   Fault fault;
   fault.error = file_.read(dst, end - begin, uint64_t(page) * stride_ + begin);
   for (uint32_t s = first; s < last && fault.error == 0; ++s) {
-    const uint64_t found = checksum(dst + (s * section_bytes_ - begin), section_bytes_);
+    const uint64_t found = checksum(dst + (begins_[s] - begin), section_bytes(s));
     if (found != p.sums[s]) fault = {Fault::kDamaged, s, p.sums[s], found};
   }
   return fault;
@@ -71,7 +72,7 @@ PageStore::Fault PageStore::read_page(uint32_t page, Lock& lock) {
   uint8_t* const data = slot_data(p.slot);
   reading_.enter();
   lock.unlock();
-  const Fault fault = fetch(p, page, 0, shape_.sections, data);
+  const Fault fault = fetch(p, page, 0, sections(), data);
   lock.lock();
   reading_.leave();
   stats_.bytes_read += stride_;
@@ -90,10 +91,10 @@ PageStore::Fault PageStore::read_page(uint32_t page, Lock& lock) {
 void PageStore::read_section(SectionReads& batch, uint8_t* scratch, Lock& lock) {
   const SectionRead& read = batch.reads_[batch.next_++];
   if (batch.next_ == batch.n_) std::erase(batches_, &batch);
-  const size_t begin = read.section * section_bytes_;
+  const size_t begin = begins_[read.section], bytes = section_bytes(read.section);
   const Page& p = pages_[read.page];
   if (const uint8_t* const data = p.ready.load(std::memory_order_relaxed)) {
-    std::memcpy(read.dst, data + begin, section_bytes_);  // under the lock: nobody evicts it meanwhile
+    std::memcpy(read.dst, data + begin, bytes);  // under the lock: nobody evicts it meanwhile
     ++stats_.sections_read;
     if (batch.next_ == batch.n_ && batch.busy_ == 0) changed_.notify_all();
     return;
@@ -104,11 +105,11 @@ void PageStore::read_section(SectionReads& batch, uint8_t* scratch, Lock& lock) 
   Fault fault = fetch(p, read.page, read.section, read.section + 1, scratch);
   const bool again = fault.error != 0;
   if (again) fault = fetch(p, read.page, read.section, read.section + 1, scratch);
-  if (fault.error == 0) std::memcpy(read.dst, scratch + begin % PageFile::kAlign, section_bytes_);
+  if (fault.error == 0) std::memcpy(read.dst, scratch + begin % PageFile::kAlign, bytes);
   lock.lock();
   reading_.leave();
   --batch.busy_;
-  stats_.bytes_read += section_bytes_;
+  stats_.bytes_read += bytes;
   ++stats_.sections_read;
   stats_.damaged_reads += again;
   if (fault.error != 0 && batch.fault_.error == 0) {
@@ -127,7 +128,7 @@ void PageStore::write_page(Lock& lock) {
   const uint8_t* const data = slot_data(p.slot);
   writing_ = true;
   lock.unlock();
-  for (uint32_t s = 0; s < shape_.sections; ++s) p.sums[s] = checksum(data + s * section_bytes_, section_bytes_);
+  for (uint32_t s = 0; s < sections(); ++s) p.sums[s] = checksum(data + begins_[s], section_bytes(s));
   const int error = file_.write(data, stride_, uint64_t(page) * stride_);
   lock.lock();
   writing_ = false;
@@ -147,9 +148,9 @@ PageStore::SectionReads::SectionReads(PageStore& store, const SectionRead* reads
   const Lock lock(store.mutex_);
   for (size_t i = 0; i < n; ++i) {
     store.at(reads[i].page);
-    if (reads[i].section >= store.shape_.sections)
+    if (reads[i].section >= store.sections())
       throw EngineError("section " + std::to_string(reads[i].section) + " does not exist: a page has " +
-                        std::to_string(store.shape_.sections));
+                        std::to_string(store.sections()));
   }
   if (n == 0) return;
   if (!store.wake(n, kMostThreads))

@@ -104,12 +104,15 @@ struct Decoder::Pass {
     uint32_t count;
   };
 
-  // The pages of a chunk up to position `end`.
+  // The pages of a chunk of a KV head up to position `end`.
   struct Pages {
     const uint8_t *keys[kChunkPages], *values[kChunkPages];
   };
   void find_pages(uint32_t layer, uint32_t kv_head, uint32_t chunk, uint32_t end, Pages& found) const;
-  void attend_chunk(uint32_t layer, uint32_t chunk, const Pages& pages, const Rows& r) const;
+  // The queries see `window` positions (0: all).
+  void attend_chunk(uint32_t window, uint32_t chunk, const Pages& pages, const Rows& r) const;
+  // Those of a streaming head to its first page, of which they see what lies before the window.
+  void attend_sinks(uint32_t layer, uint32_t kv_head, const Rows& r) const;
 
   // Prefill: an item is one KV head and a few tokens; their rows share every page read. What it costs to make
   // pages of records is shared by several batches of rows.
@@ -118,6 +121,9 @@ struct Decoder::Pass {
   void finish_rows(uint32_t layer, uint32_t i) const;
   // What the last tokens would read of the pages of a tier.
   void vote(uint32_t layer);
+
+  // The first chunk that the token at `position` sees of a KV head.
+  uint32_t first_chunk(uint32_t layer, uint32_t kv_head, uint32_t position) const;
 
   // How one token's attention is cut into items. A row is one query head and one chunk of the context;
   // rows are counted by KV head, chunk, query head, and those of one KV head and chunk that meet in a
@@ -131,9 +137,17 @@ struct Decoder::Pass {
   Cut cut(uint32_t layer) const;
   void barrier_before_attention(uint32_t layer);
   void attend_one(uint32_t layer);
+  // `count` query heads from `first` of a KV head's group to a chunk, or kSinks: a part of one token's attention.
+  static constexpr uint32_t kSinks = UINT32_MAX;
+  void attend_rows(uint32_t layer, uint32_t kv_head, uint32_t first, uint32_t count, uint32_t chunk, uint32_t part);
+  // A layer with heads that choose what they read, and where heads have classes also those that do not: the parts of these
+  // are their first page, when they are streaming and the window begins behind its first token, and then chunks.
   void attend_sparse(uint32_t layer);
-  // Makes the output of one token's attention of partial results.
-  void join_parts(uint32_t layer, uint32_t parts);
+  uint32_t parts_of(uint32_t layer, uint32_t kv_head) const;
+  uint32_t has_sinks(uint32_t layer, uint32_t kv_head) const;  // 1 or 0 such parts
+  // Makes the output of one token's attention of partial results, `parts(KV head)` of each.
+  template <class F>
+  void join_parts(uint32_t layer, F&& parts);
 
   void add_bias(float* y, size_t stride, const float* bias, uint32_t begin, uint32_t end) const;
   void attention(uint32_t layer);

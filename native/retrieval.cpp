@@ -56,21 +56,24 @@ void Decoder::Pass::predict(const float* state) {
 
   SparseStep step{s, k, cache, w, sc, me, SparseCut(cache, start - 1)};
   const uint32_t blocks = cache.indexed(), pages = blocks * kBlockPages;
-  const float* q[KvCache::kMaxGroup];
-  float level[KvCache::kMaxGroup];
   int8_t worth[kIndexTokens];
-  uint32_t leveled = SparseStep::kNone;
   while (w.claim(heads * blocks, b, e))
     for (uint32_t item = b; item < e; ++item) {
       const uint32_t i = item / blocks, block = item % blocks;
       const RetrievalHead::Head& h = head.heads[i];
-      if (leveled != i) {
-        for (uint32_t g = 0; g < group; ++g) q[g] = queries + size_t(i * group + g) * hd;
-        step.measure_level(h.layer, h.head, q, level);
-        leveled = i;
+      float* const weights = sc.retrieval_weight.data() + size_t(i) * sc.page_stride + block * kBlockPages;
+      if (!cache.records(h.layer, h.head)) {  // it chooses nothing
+        std::fill_n(weights, kBlockPages, 0.0f);
+        continue;
       }
-      k.scan({cache.index(h.layer, h.head, block), q, level, group, hd, worth});
-      page_weights(worth, sc.retrieval_weight.data() + size_t(i) * sc.page_stride + block * kBlockPages);
+      if (step.leveled != i) {
+        for (uint32_t g = 0; g < group; ++g) step.query[g] = queries + size_t(i * group + g) * hd;
+        step.measure_level(h.layer, h.head);
+        step.leveled = i;
+      }
+      const uint8_t* const next = cache.index(h.layer, h.head, std::min(block + 1, blocks - 1));
+      k.scan({cache.index(h.layer, h.head, block), next, step.query, step.level, group, hd, worth});
+      page_weights(worth, weights);
     }
   w.barrier();
   while (w.claim(heads, b, e))

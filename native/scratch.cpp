@@ -63,7 +63,7 @@ Lists lists(const ModelSpec& spec, const Weights& weights, const KvCache& cache,
   size_t parts = (length + kChunkTokens - 1) / kChunkTokens;
   Lists l{};
   if (const uint32_t budget = cache.selection().budget) {
-    parts = std::max<size_t>(parts, SparseCut::most_parts(cache.selection(), length));
+    parts = std::max<size_t>(parts + 1, SparseCut::most_parts(cache.selection(), length));  // a streaming head's first page
     uint32_t kv = 0;
     for (const LayerSpec& layer : spec.layers) kv = std::max(kv, layer.conv || layer.window ? 0 : layer.n_kv_heads);
     l.worth = size_t(kv) * (length / kIndexTokens * kIndexTokens);

@@ -9,6 +9,9 @@ namespace {
 constexpr uint32_t kStretch = 128;       // tokens of a part,
 constexpr uint32_t kShortStretch = 32;   // or of one of few
 constexpr uint32_t kLevelTokens = 16;    // first and last tokens that stand for what is always read
+// A token whose weight would be below 2^-13 of what is always read is not worth reading. At 2^-11 what is left out
+// adds up: three times the KL (docs/kernel-log.md).
+constexpr int kFloor = int(-13 * kWorthSteps);
 constexpr uint32_t kMaxGroup = KvCache::kMaxGroup;
 
 // What worth is the logarithm of.
@@ -61,7 +64,8 @@ void SparseStep::attend_part(uint32_t layer, uint32_t head, uint32_t part) {
   } else {
     if (picked != head) pick(head);
     const uint32_t first = (part - cut.always_parts()) * cut.stretch;
-    count = std::min(cut.stretch, cut.chosen - first);
+    count = first < taken ? std::min(cut.stretch, taken - first) : 0;
+    me.picked += count;
     for (uint32_t i = 0; i < count; ++i) records[i] = cache.record(layer, head, me.places[first + i]);
   }
   const float* q[kMaxGroup];
@@ -70,13 +74,16 @@ void SparseStep::attend_part(uint32_t layer, uint32_t head, uint32_t part) {
     q[g] = sc.q + size_t(head * group + g) * hd;
     acc[g] = sc.partial.data() + (size_t(part) * s.n_heads + head * group + g) * (hd + 2);
   }
-  k.records[size_t(cache.type())].attend({q, records, count, group, hd, me.scores, acc, max, sum});
+  if (count)
+    k.records[size_t(cache.type())].attend({q, records, count, group, hd, me.scores, acc, max, sum});
+  else
+    for (uint32_t g = 0; g < group; ++g) std::fill_n(acc[g], hd, 0.0f), max[g] = -INFINITY, sum[g] = 0;
   for (uint32_t g = 0; g < group; ++g) acc[g][hd] = max[g], acc[g][hd + 1] = sum[g];
 }
 
 // The logarithm of what a query gives to the first and the last tokens together: what the queries of a
 // group are compared by. Where the weights of all other tokens are small, they are small against this.
-void SparseStep::measure_level(uint32_t layer, uint32_t head, const float* const* q, float* level) {
+void SparseStep::measure_level(uint32_t layer, uint32_t head) {
   const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, end = cut.recent + cut.always - cut.sinks;
   const uint8_t* records[2 * kLevelTokens];
   for (uint32_t i = 0; i < kLevelTokens; ++i) {
@@ -85,25 +92,29 @@ void SparseStep::measure_level(uint32_t layer, uint32_t head, const float* const
   }
   float *acc[kMaxGroup], max[kMaxGroup], sum[kMaxGroup];
   for (uint32_t g = 0; g < group; ++g) acc[g] = me.tmp + size_t(g) * s.head_dim;
-  k.records[size_t(cache.type())].attend({q, records, 2 * kLevelTokens, group, s.head_dim, me.scores, acc, max, sum});
+  k.records[size_t(cache.type())].attend({query, records, 2 * kLevelTokens, group, s.head_dim, me.scores, acc, max, sum});
   for (uint32_t g = 0; g < group; ++g) level[g] = max[g] + std::log2(sum[g]);
 }
 
 void SparseStep::pick(uint32_t head) {
-  k.pick(sc.worth.data() + size_t(head) * sc.worth_stride, cut.blocks * kIndexTokens, cut.chosen, me.places.data());
+  const int8_t* worth = sc.worth.data() + size_t(head) * sc.worth_stride;
+  taken = k.pick(worth, cut.blocks * kIndexTokens, cut.chosen, kFloor, me.places.data());
   picked = head;
 }
 
 // What tokens of a block are worth, and their pages.
-void SparseStep::scan(uint32_t layer, uint32_t head, uint32_t block, const float* const* q, const float* level, int8_t* worth) {
+void SparseStep::scan(uint32_t layer, uint32_t head, uint32_t block, int8_t* worth) {
   const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads;
-  k.scan({cache.index(layer, head, block), q, level, group, s.head_dim, worth});
+  const uint8_t* next = cache.index(layer, head, std::min(block + 1, cut.blocks - 1));
+  k.scan({cache.index(layer, head, block), next, query, level, group, s.head_dim, worth});
   if (cache.tier()) page_weights(worth, sc.page_weight.data() + size_t(head) * sc.page_stride + block * kBlockPages);
 }
 
 // Adds what a head would give to each page, as a share of what it gives to all of them and to what is always read.
-void SparseStep::add_shares(uint32_t kv, uint32_t blocks) {
-  for (uint32_t head = w.index(); head < kv; head += w.threads()) {
+void SparseStep::add_shares(uint32_t layer, uint32_t blocks) {
+  const std::vector<uint32_t>& heads = cache.recorded(layer);
+  for (uint32_t i = w.index(); i < heads.size(); i += w.threads()) {
+    const uint32_t head = heads[i];
     const float* weight = sc.page_weight.data() + size_t(head) * sc.page_stride;
     float* worth = sc.page_worth.data() + size_t(head) * sc.page_stride;
     float sum = 1;
@@ -113,60 +124,50 @@ void SparseStep::add_shares(uint32_t kv, uint32_t blocks) {
 }
 
 void SparseStep::vote(uint32_t layer, const float* queries, uint32_t blocks) {
-  const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv;
+  const std::vector<uint32_t>& heads = cache.recorded(layer);
   blocks = std::min(blocks, cut.blocks);
-  uint32_t leveled = kNone, b, e;
-  const float* q[kMaxGroup];
-  float level[kMaxGroup];
+  uint32_t b, e;
   int8_t worth[kIndexTokens];
-  while (w.claim(kv * blocks, b, e))
+  while (w.claim(uint32_t(heads.size()) * blocks, b, e))
     for (uint32_t item = b; item < e; ++item) {
-      const uint32_t head = item / blocks;
-      if (leveled != head) {
-        for (uint32_t g = 0; g < group; ++g) q[g] = queries + size_t(head * group + g) * s.head_dim;
-        measure_level(layer, head, q, level);
-        leveled = head;
-      }
-      scan(layer, head, item % blocks, q, level, worth);
+      take_queries(layer, heads[item / blocks], queries);
+      scan(layer, heads[item / blocks], item % blocks, worth);
     }
   w.barrier();
-  add_shares(kv, blocks);
+  add_shares(layer, blocks);
   w.barrier();
 }
 
-void SparseStep::attend(uint32_t layer) {
-  const uint32_t kv = s.layers[layer].n_kv_heads, group = s.n_heads / kv, always = cut.always_parts();
-  picked = kNone;
-  uint32_t leveled = kNone, b, e;
-  const float* q[kMaxGroup];
-  float level[kMaxGroup];
-  const uint32_t each = always + cut.blocks;
-  while (w.claim(kv * each, b, e))
-    for (uint32_t item = b; item < e; ++item) {
-      const uint32_t head = item / each, part = item % each;
-      if (part < always) {
-        attend_part(layer, head, part);
-        continue;
-      }
-      if (leveled != head) {
-        for (uint32_t g = 0; g < group; ++g) q[g] = sc.q + size_t(head * group + g) * s.head_dim;
-        measure_level(layer, head, q, level);
-        leveled = head;
-      }
-      const uint32_t block = part - always;
-      int8_t* worth = sc.worth.data() + size_t(head) * sc.worth_stride + size_t(block) * kIndexTokens;
-      scan(layer, head, block, q, level, worth);
-      if (block == 0) std::fill(worth, worth + cut.sinks, kNever);
-      if (cache.tier())
-        for (uint32_t p = 0; p < kBlockPages; ++p)
-          if (!cache.readable(block * kBlockPages + p)) std::fill_n(worth + p * kPageTokens, kPageTokens, kNever);
-    }
-  if (cut.chosen == 0) return;
-  w.barrier();
-  if (cache.tier()) add_shares(kv, cut.blocks);
-  const uint32_t chosen = cut.parts() - always;
-  while (w.claim(kv * chosen, b, e))
-    for (uint32_t item = b; item < e; ++item) attend_part(layer, item / chosen, always + item % chosen);
+// The queries of a head, of all that are [n_heads][head_dim], and their level.
+void SparseStep::take_queries(uint32_t layer, uint32_t head, const float* queries) {
+  if (leveled == head) return;
+  const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads;
+  for (uint32_t g = 0; g < group; ++g) query[g] = queries + size_t(head * group + g) * s.head_dim;
+  measure_level(layer, head);
+  leveled = head;
+}
+
+void SparseStep::attend(uint32_t layer, uint32_t item) {
+  const uint32_t always = cut.always_parts(), each = always + cut.blocks;
+  const uint32_t head = cache.recorded(layer)[item / each], part = item % each;
+  if (part < always) return attend_part(layer, head, part);
+  take_queries(layer, head, sc.q);
+  const uint32_t block = part - always;
+  int8_t* worth = sc.worth.data() + size_t(head) * sc.worth_stride + size_t(block) * kIndexTokens;
+  scan(layer, head, block, worth);
+  if (block == 0) std::fill(worth, worth + cut.sinks, kNever);
+  if (!cache.tier()) return;
+  for (uint32_t p = 0; p < kBlockPages; ++p)
+    if (!cache.readable(block * kBlockPages + p)) std::fill_n(worth + p * kPageTokens, kPageTokens, kNever);
+}
+
+void SparseStep::choose(uint32_t layer) {
+  const std::vector<uint32_t>& heads = cache.recorded(layer);
+  if (cache.tier()) add_shares(layer, cut.blocks);
+  const uint32_t always = cut.always_parts(), chosen = cut.parts() - always;
+  uint32_t b, e;
+  while (w.claim(uint32_t(heads.size()) * chosen, b, e))
+    for (uint32_t item = b; item < e; ++item) attend_part(layer, heads[item / chosen], always + item % chosen);
 }
 
 uint32_t index_reach(const KvCache& cache, uint32_t n) {
@@ -176,12 +177,13 @@ uint32_t index_reach(const KvCache& cache, uint32_t n) {
 void make_index(const ModelSpec& s, const Kernels& k, const KvCache& cache, Pool::Worker& w, uint32_t blocks) {
   const uint32_t first = cache.indexed();
   for (uint32_t layer = 0; layer < s.layers.size(); ++layer) {
-    if (!cache.records(layer)) continue;
-    const uint32_t kv = s.layers[layer].n_kv_heads;
+    const std::vector<uint32_t>& heads = cache.recorded(layer);
+    if (heads.empty()) continue;
+    const uint32_t n = uint32_t(heads.size());
     uint32_t b, e;
-    while (w.claim(kv * (blocks - first), b, e))
+    while (w.claim(n * (blocks - first), b, e))
       for (uint32_t item = b; item < e; ++item) {
-        const uint32_t head = item % kv, block = first + item / kv;
+        const uint32_t head = heads[item % n], block = first + item / n;
         const uint8_t* pages[kIndexTokens / kPageTokens];
         for (uint32_t p = 0; p < kIndexTokens / kPageTokens; ++p)
           pages[p] = cache.record(layer, head, block * kIndexTokens + p * kPageTokens);

@@ -41,20 +41,28 @@ struct SparseStep {
   Scratch::Private& me;
   SparseCut cut;
   static constexpr uint32_t kNone = 0xffffffff;
-  uint32_t picked = kNone;  // the KV head whose choice is in me.places
+  uint32_t picked = kNone;   // the KV head whose choice is in me.places,
+  uint32_t taken = 0;        // of so many tokens
+  uint32_t leveled = kNone;  // and that whose queries and level are in the following
+  const float* query[KvCache::kMaxGroup] = {};
+  float level[KvCache::kMaxGroup] = {};
 
-  // Leaves the partial results of all parts in sc.partial, [parts][n_heads][head_dim + 2], when every thread
-  // has returned.
-  void attend(uint32_t layer);
+  // A layer's heads in records: each has parts that are always read and blocks that are scanned, its items. Behind a
+  // barrier choose() reads what the scans chose, if anything is. Partial results are left in sc.partial,
+  // [parts][n_heads][head_dim + 2], when every thread has returned.
+  uint32_t items(uint32_t layer) const { return uint32_t(cache.recorded(layer).size()) * (cut.always_parts() + cut.blocks); }
+  void attend(uint32_t layer, uint32_t item);
+  void choose(uint32_t layer);
 
   // What the queries q [n_heads][head_dim] of the token that `cut` is of would give to pages with an index, of the
   // first `blocks`: into sc.page_worth.
   void vote(uint32_t layer, const float* queries, uint32_t blocks);
 
-  void scan(uint32_t layer, uint32_t head, uint32_t block, const float* const* q, const float* level, int8_t* worth);
-  void add_shares(uint32_t kv, uint32_t blocks);
+  void take_queries(uint32_t layer, uint32_t head, const float* queries);
+  void scan(uint32_t layer, uint32_t head, uint32_t block, int8_t* worth);
+  void add_shares(uint32_t layer, uint32_t blocks);
   void attend_part(uint32_t layer, uint32_t head, uint32_t part);
-  void measure_level(uint32_t layer, uint32_t head, const float* const* q, float* level);
+  void measure_level(uint32_t layer, uint32_t head);
   void pick(uint32_t head);
 };
 

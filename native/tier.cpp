@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "error.h"
@@ -18,22 +19,24 @@ constexpr float kFade = 0.9f;
 // Pages without an index: what is always read, a block that is not yet complete, and a pass.
 constexpr uint32_t kTail = 50;
 
+size_t largest(const std::vector<size_t>& sizes) { return *std::max_element(sizes.begin(), sizes.end()); }
+
 }  // namespace
 
 uint32_t Tier::least_slots(uint32_t budget) { return (budget + kPageTokens - 1) / kPageTokens + 2 * kEntering + kTail + 1; }
 
-size_t Tier::bytes(size_t section_bytes, uint32_t sections, uint32_t slots, uint32_t pages) {
-  const size_t table = sections * sizeof(uint64_t) + sizeof(float) + 1 + 2 * sizeof(uint32_t) + 64;
-  return PageStore::slot_bytes(section_bytes * sections, slots) + Buffer::rounded(2 * kBufferPages * section_bytes) +
+size_t Tier::bytes(const std::vector<size_t>& section_bytes, uint32_t slots, uint32_t pages) {
+  const size_t page = std::accumulate(section_bytes.begin(), section_bytes.end(), size_t(0));
+  const size_t table = section_bytes.size() * sizeof(uint64_t) + sizeof(float) + 1 + 2 * sizeof(uint32_t) + 64;
+  return PageStore::slot_bytes(page, slots) + Buffer::rounded(2 * kBufferPages * largest(section_bytes)) +
          pages * table;
 }
 
-Tier::Tier(const TierShape& shape, size_t section_bytes, uint32_t sections, uint32_t budget)
-    : section_bytes_(section_bytes),
-      sections_(sections),
+Tier::Tier(const TierShape& shape, const std::vector<size_t>& section_bytes, uint32_t budget)
+    : section_bytes_(largest(section_bytes)),
       capacity_(shape.slots - std::min(shape.slots, kTail + 1)),
-      store_(shape.directory, {section_bytes * sections, sections, shape.slots, shape.disk_bytes}, shape.read_delay_us),
-      buffer_(2 * kBufferPages * section_bytes, "pages on their way from the disk") {
+      store_(shape.directory, {section_bytes, shape.slots, shape.disk_bytes}, shape.read_delay_us),
+      buffer_(2 * kBufferPages * section_bytes_, "pages on their way from the disk") {
   if (shape.slots < least_slots(budget))
     throw EngineError("a budget of " + std::to_string(budget) + " tokens needs memory for " +
                       std::to_string(least_slots(budget)) + " pages of keys and values, not " +
@@ -74,6 +77,7 @@ bool Tier::enter() {
 }
 
 void Tier::end(uint32_t indexed, bool sparse, const float* worth, uint32_t heads, uint32_t stride) {
+  if (sparse) enter();  // what was read while this step ran, which the next may choose from
   for (uint32_t page = 0; page < sealed_; ++page) {
     float sum = 0;
     for (uint32_t head = 0; head < heads; ++head) sum += worth[size_t(head) * stride + page];
@@ -189,11 +193,11 @@ void Tier::check() {
 
 void Tier::copy(uint32_t page, uint8_t* dst) {
   if (const uint8_t* slot = store_.resident(page)) {
-    std::memcpy(dst, slot, section_bytes_ * sections_);
+    std::memcpy(dst, slot, store_.page_bytes());
     return;
   }
   std::vector<PageStore::SectionRead> reads;
-  for (uint32_t i = 0; i < sections_; ++i) reads.push_back({page, i, dst + i * section_bytes_});
+  for (uint32_t i = 0; i < store_.sections(); ++i) reads.push_back({page, i, dst + store_.begin_of(i)});
   PageStore::SectionReads(store_, reads.data(), reads.size()).wait();
 }
 

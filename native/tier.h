@@ -33,15 +33,15 @@ class Tier {
  public:
   static constexpr uint32_t kBufferPages = 64;
 
-  // Pages of `sections` layers, of `section_bytes` each. Throws EngineError when the slots are fewer than
+  // Pages of layers of `section_bytes` each. Throws EngineError when the slots are fewer than
   // least_slots(), and what PageStore throws.
-  Tier(const TierShape& shape, size_t section_bytes, uint32_t sections, uint32_t budget);
+  Tier(const TierShape& shape, const std::vector<size_t>& section_bytes, uint32_t budget);
 
   // The fewest pages in memory with which a step can choose `budget` tokens.
   static uint32_t least_slots(uint32_t budget);
   // Bytes of memory for `slots` pages of which there are `pages` in all.
-  static size_t bytes(size_t section_bytes, uint32_t sections, uint32_t slots, uint32_t pages);
-  size_t bytes() const { return bytes(section_bytes_, sections_, store_.shape().slots, store_.pages()); }
+  static size_t bytes(const std::vector<size_t>& section_bytes, uint32_t slots, uint32_t pages);
+  size_t bytes() const { return bytes(store_.shape().section_bytes, store_.shape().slots, store_.pages()); }
 
   // Before a pass that ends with `pages` pages; `sparse`: it reads of the set alone, which is chosen now.
   // `predicted`: what pages with an index will be worth to the pass, or nullptr. What is resident() stays it
@@ -67,7 +67,7 @@ class Tier {
   void arrive(uint32_t half);
   void check();  // throws it
   const uint8_t* section(uint32_t page, uint32_t section) const {
-    if (const uint8_t* slot = store_.resident(page)) return slot + section * section_bytes_;
+    if (const uint8_t* slot = store_.resident(page)) return slot + store_.begin_of(section);
     return buffer_.data() + (page / kBufferPages % 2 * kBufferPages + page % kBufferPages) * section_bytes_;
   }
 
@@ -88,8 +88,8 @@ class Tier {
   void seal(uint32_t indexed);
   void choose(uint32_t most, const float* predicted);
 
-  const size_t section_bytes_;
-  const uint32_t sections_, capacity_;  // pages beside the first that the set may have
+  const size_t section_bytes_;  // of the largest
+  const uint32_t capacity_;     // pages beside the first that the set may have
   PageStore store_;
   Buffer buffer_;  // [2][kBufferPages] sections
   std::vector<PageStore::SectionRead> reads_[2];

@@ -45,14 +45,22 @@ class Reference:
     32); ``int8_blocks`` rounds what meets a
     quantised matrix to int8 in blocks of so many values, each with a scale of its own (0: not at all).
     In front of q, k and v what that leaves over is rounded the same way and added, as the native engine
-    does; the head, where it does so too, is left out."""
+    does; the head, where it does so too, is left out. ``streaming`` are the KV heads (layer, head) that see
+    the first 16 positions and the last ``window`` alone."""
 
     def __init__(
-        self, path: Path, spec: ModelSpec | None = None, kv_type: Any = np.float64, int8_blocks: int = 0
+        self,
+        path: Path,
+        spec: ModelSpec | None = None,
+        kv_type: Any = np.float64,
+        int8_blocks: int = 0,
+        streaming: frozenset[tuple[int, int]] = frozenset(),
+        window: int = 0,
     ) -> None:
         self.spec = spec or load_spec(*read_gguf(path))
         self._kv_type = kv_type
         self._int8_blocks = int8_blocks
+        self._streaming, self._window = streaming, window
         self._quantised = quantised(path) if int8_blocks else frozenset()
         self._w = weights(path)
 
@@ -119,6 +127,11 @@ class Reference:
         age = np.arange(n)[:, None] - np.arange(n)[None, :]
         seen = (age >= 0) & (age < (layer.window or n))
         scores = np.where(seen, scores, -np.inf)
+        near = (age < self._window) | (np.arange(n) < 16)
+        number = int(p.split(".")[1])
+        for head in range(spec.n_heads):
+            if (number, head // group) in self._streaming:
+                scores[head][~near] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         out = np.einsum("hqk,khd->qhd", weights, v.repeat(group, axis=1))

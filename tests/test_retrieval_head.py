@@ -18,7 +18,7 @@ from edgert.export.retrieval_head import Request, export_retrieval_head
 from edgert.export.retrieval_text import lookup_sequence
 from edgert.export.retrieval_trace import Tracer, full_layers
 from edgert.export.retrieval_train import Sequences, evaluate, train
-from edgert.export.sidecar_file import write_part
+from edgert.export.sidecar_writer import write_part
 from edgert.export.torch_decoder import TorchDecoder
 from tiny_models import prompt, tiny
 
@@ -80,7 +80,7 @@ def base_of(name: str, directory: Path) -> Path:
 def with_head(name: str, directory: Path) -> Path:
     base = base_of(name, directory)
     metadata, tensors, _ = random_head(name)
-    write_part(sidecar_path(base), base, "edgert.retrieval.", "retrieval.", metadata, tensors)
+    write_part(sidecar_path(base), base, "retrieval", metadata, tensors)
     return base
 
 
@@ -323,9 +323,7 @@ def test_parts_of_a_sidecar_do_not_lose_each_other(tmp_path: Path) -> None:
     path = sidecar_path(base)
     x = np.arange(64, dtype=np.float32).reshape(2, 32)
     flash = [Tensor("head.rows", "F32", x.shape, x.view(np.uint8).reshape(2, -1))]
-    write_part(
-        path, base, "edgert.head.", "head.", {"edgert.head.tokens": np.arange(4, dtype=np.int32)}, flash
-    )
+    write_part(path, base, "head", {"edgert.head.tokens": np.arange(4, dtype=np.int32)}, flash)
     metadata, tensors, numbers = random_head("llama", 1)
     # An incomplete FlashHead is refused as a whole, so this one has to be read past the checks of a sidecar.
     file = _native.GgufFile(str(path))

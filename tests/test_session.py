@@ -330,6 +330,15 @@ def test_saving_is_whole_or_not_at_all(
         s.restore(tmp_path / "nowhere")
 
 
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="there are no files without a name")
+def test_what_a_killed_save_left_goes_with_the_next(weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sessions"
+    folder.mkdir()
+    (folder / ".s.edgert-new").write_bytes(b"complete, but not yet renamed")
+    saved(fake_model(weights)[0], folder / "s")
+    assert [p.name for p in folder.iterdir()] == ["s"]
+
+
 def test_the_fingerprint_sees_every_part_of_a_split_model(tmp_path: Path) -> None:
     parts = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
     for part in parts:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULE
     "chat": "talk with a model",
     "pull": "fetch a model into the cache, or list those known by name",
     "export": "make a model's sidecar (its clustered vocabulary head), or a GGUF of a Hugging Face directory",
+    "heads": "find out which attention heads need the whole past, for sparse attention",
     "bench": "measure a model's speed and memory, beside other engines",
     "eval": "measure what a FlashHead or sparse attention loses against the whole of it",
     "plan": "say what a run will cost in memory and time, and whether it fits",
@@ -31,6 +33,7 @@ VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULE
 
 MODULES = {
     "export": "edgert.export.cli",
+    "heads": "edgert.export.heads_cli",
     "bench": "edgert.bench.cli",
     "eval": "edgert.bench.eval",
 }
@@ -83,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by something without an encoding
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    warnings.formatwarning = _format_warning
     try:
         args = _parse(words)
         code: int = _module(args.verb).main(args)
@@ -108,6 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _module(verb: str) -> Any:
     return import_module(MODULES.get(verb, f"edgert.cli.{verb}"))
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line, without the place in our code."""
+    return f"edgert: {message}\n"
 
 
 def _one_line(e: Exception) -> str:

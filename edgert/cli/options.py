@@ -120,6 +120,17 @@ def add_attention(parser: argparse._ActionsContainer) -> None:
         metavar="N",
         help=f"tokens that sparse attention chooses for each KV head; default: {DEFAULT_BUDGET}",
     )
+    add_heads(parser)
+
+
+def add_heads(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--heads",
+        default="auto",
+        metavar="FILE",
+        help="what each KV head keeps under sparse attention: auto (default) as the sidecar says if it does, "
+        "sidecar, none, or a pattern file (.tsv)",
+    )
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -180,6 +191,7 @@ def load_model(args: argparse.Namespace) -> Model:
             probes=args.probes,
             attention=args.attention,
             budget=args.budget,
+            heads=args.heads,
             **memory_options(args),
         )
     finally:

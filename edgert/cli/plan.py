@@ -53,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
         probes=args.probes,
         attention=args.attention,
         budget=args.budget,
+        heads=args.heads,
     )
     if args.json:
         import json
@@ -87,6 +88,7 @@ def _print(made: Plan) -> None:
         print(f"  the longest context that fits is {made.max_context} tokens{what}")
     else:
         print("  no context fits")
+    _print_regimes(made)
     _print_time(f"a token at {made.context} tokens of context", made.decode, 1)
     _print_time(f"a prompt of {made.context} tokens", made.prefill, made.context)
     if not made.fits:
@@ -99,6 +101,28 @@ def _attention(made: Plan) -> str:
     if made.attention == "exact":
         return f"exact attention, drafts read {made.chosen} tokens, "
     return f"sparse attention to {made.chosen} tokens, " if made.chosen else ""
+
+
+def _print_regimes(made: Plan) -> None:
+    if not made.regimes:
+        return
+    from edgert.download import size_text
+
+    print("\nas the sequence grows")
+    for regime in made.regimes:
+        where = (
+            f"{regime.slots} pages of 16 in memory, the others on the disk"
+            if regime.slots
+            else "all in memory"
+        )
+        disk = f", {size_text(regime.disk_bytes)} of it from the disk" if regime.slots else ""
+        more = f" (--context {regime.context})" if regime.context > made.context else ""
+        print(
+            f"  up to {regime.end:>7} tokens  {where}: {_time(regime.seconds)} a token there, "
+            f"{1 / regime.seconds:.0f} tok/s{disk}{more}"
+        )
+    if (end := made.regimes[-1].end) < max(made.context, made.trained_context):
+        print(f"  from  {end + 1:>7} tokens  refused")
 
 
 def _print_time(what: str, steps: tuple[Step, ...], tokens: int) -> None:

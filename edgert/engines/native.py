@@ -11,6 +11,7 @@ from edgert import _native
 from edgert.cost import check_kv
 from edgert.engines.base import Ids, Logits
 from edgert.errors import EngineError
+from edgert.head_classes import ALL_INDEXED, NAMES, HeadClasses
 from edgert.models import ModelSpec
 from edgert.tier import IN_MEMORY, Tier
 
@@ -31,11 +32,12 @@ class NativeSession:
         kv: str,
         chosen: int,
         tier: Tier,
+        heads: HeadClasses,
         probes: int,
         keep: int,
     ) -> None:
         self._model = model
-        self._cache = _native.Cache(model, context, kv, chosen, *tier)
+        self._cache = _native.Cache(model, context, kv, chosen, *tier, heads=heads)
         if (self.tier or {}).get("in_memory"):
             raise EngineError(
                 f"{tier.directory} lies in memory (tmpfs), not on a disk, so that pages there save none: "
@@ -59,7 +61,7 @@ class NativeSession:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of keys and values the next step reads."""
+        """Bytes of keys, values and index that the last step read; before one, the most that one reads."""
         return self._cache.step_bytes
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
@@ -114,10 +116,12 @@ class NativeEngine:
     """A model loaded into the native core, with the FlashHead of its sidecar if there is one.
 
     ``threads`` 0 means one for each CPU this process may use; ``probes`` 0 the sidecar's own number of
-    clusters; ``kv`` is the type of the cached keys and values; ``chosen`` the past tokens that a step chooses
-    for each KV head (0: it reads all); ``tier`` the pages of keys and values that a session has in memory (0:
-    all) and the directory of the others, ``retrieval`` what chooses them. Raises UsageError, ModelFileError,
-    UnsupportedModelError or EngineError."""
+    clusters; ``kv`` is the type of the cached keys and values; ``chosen`` the past tokens that a step
+    chooses for each KV head (0: it reads all); ``tier`` the pages of keys and values that a session has in
+    memory (0: all) and the directory of the others; ``heads`` what each KV head keeps and reads;
+    ``retrieval`` what chooses pages beside past votes. Raises UsageError, ModelFileError,
+    UnsupportedModelError or EngineError.
+    """
 
     name = "native"
 
@@ -131,10 +135,11 @@ class NativeEngine:
         kv: str = "f16",
         chosen: int = 0,
         tier: Tier = IN_MEMORY,
+        heads: HeadClasses = ALL_INDEXED,
         retrieval: Sidecar | None = None,
     ) -> None:
         check_kv(spec, kv)
-        self.tier = tier
+        self.tier, self.heads = tier, heads
         self.spec, self.sidecar, self.kv, self.chosen = spec, sidecar, kv, chosen
         self.probes, self.keep = sidecar.budget(probes) if sidecar else (0, 0)
         # With all keys and values in memory the true queries choose among all: nothing is to be predicted.
@@ -156,7 +161,9 @@ class NativeEngine:
         return self.spec.context_length
 
     def session(self, context: int) -> NativeSession:
-        return NativeSession(self._model, context, self.kv, self.chosen, self.tier, self.probes, self.keep)
+        return NativeSession(
+            self._model, context, self.kv, self.chosen, self.tier, self.heads, self.probes, self.keep
+        )
 
     def memory(self) -> dict[str, int]:
         return self._model.memory()
@@ -173,6 +180,8 @@ class NativeEngine:
         }
         if self.chosen:
             described["budget"] = self.chosen
+        if self.heads.classes:
+            described["heads"] = {name: self.heads.count(kind) for kind, name in enumerate(NAMES)}
         if self.tier.slots:
             described["pages_in_memory"], described["page_directory"] = self.tier[:2]
             described["pages_chosen_by"] = "retrieval head" if self.retrieval else "votes"

@@ -183,6 +183,21 @@ Sizes::Head head_named(const std::string& name) {
   return name == "exact" ? Sizes::Head::Exact : Sizes::Head::Dense;
 }
 
+// (window of streaming heads, class of each KV head by layer; empty: all are indexed)
+using Heads = std::pair<uint32_t, std::vector<std::vector<uint32_t>>>;
+
+Selection to_selection(uint32_t budget, const Heads& heads) {
+  Selection s{.budget = budget, .window = heads.first};
+  for (const auto& layer : heads.second) {
+    s.heads.emplace_back();
+    for (const uint32_t c : layer) {
+      if (c > uint32_t(HeadClass::Streaming)) throw EngineError("unknown class of a KV head: " + std::to_string(c));
+      s.heads.back().push_back(HeadClass(c));
+    }
+  }
+  return s;
+}
+
 }  // namespace
 
 KvType to_kv_type(const std::string& name) {
@@ -265,36 +280,39 @@ void bind_engine(nb::module_& m) {
       .def(
           "activations",
           [](const Sizes& s, uint32_t length, const std::string& head, uint32_t probes, uint32_t keep, const std::string& kv,
-             uint32_t budget) {
-            return s.activations(s.kv(length, to_kv_type(kv), {.budget = budget}), length, head_named(head), probes, keep);
+             uint32_t budget, const Heads& heads) {
+            return s.activations(s.kv(length, to_kv_type(kv), to_selection(budget, heads)), length, head_named(head), probes, keep);
           },
           nb::arg("length"), nb::arg("head"), nb::arg("probes"), nb::arg("keep"), nb::arg("kv"), nb::arg("budget"),
+          nb::arg("heads") = Heads(),
           "Bytes of the buffers of a pass and of the head (dense, flash or exact) after `length` positions.")
       .def(
           "kv",
-          [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv, uint32_t budget) {
-            const KvCache cache = s.kv(context, to_kv_type(kv), {.budget = budget});
-            std::vector<std::pair<uint32_t, size_t>> shares;
-            for (const KvCache::Share& share : cache.shares_at(length)) shares.emplace_back(share.window, share.bytes);
+          [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv, uint32_t budget, const Heads& heads) {
+            const KvCache cache = s.kv(context, to_kv_type(kv), to_selection(budget, heads));
+            std::vector<std::tuple<uint32_t, size_t, uint32_t, uint32_t>> shares;
+            for (const KvCache::Share& share : cache.shares_at(length))
+              shares.emplace_back(share.window, share.bytes, uint32_t(share.cls), share.heads);
             return std::make_tuple(shares, cache.index_bytes_at(length), cache.conv_bytes());
           },
-          nb::arg("context"), nb::arg("length"), nb::arg("kv"), nb::arg("budget"),
-          "Bytes of a cache of at most `context` positions that holds `length`:\n(window, bytes) of the layers that "
-          "share a window (0: none), those of the index,\nand those of the convolutions.")
+          nb::arg("context"), nb::arg("length"), nb::arg("kv"), nb::arg("budget"), nb::arg("heads") = Heads(),
+          "Bytes of a cache of at most `context` positions that holds `length`:\n(window, bytes, class, heads) of the layers "
+          "that share a window (0: none), where heads\nhave classes of the heads that share one (heads 0: whole layers); those "
+          "of the index;\nand those of the convolutions.")
       .def(
           "tier",
-          [](const Sizes& s, uint32_t length, const std::string& kv, uint32_t budget, uint32_t slots) {
-            const KvCache cache = s.kv(length, to_kv_type(kv), {.budget = budget});
+          [](const Sizes& s, uint32_t length, const std::string& kv, uint32_t budget, uint32_t slots, const Heads& heads) {
+            const KvCache cache = s.kv(length, to_kv_type(kv), to_selection(budget, heads));
             return std::make_pair(cache.tier_bytes_at(length, slots), cache.least_slots());
           },
-          nb::arg("length"), nb::arg("kv"), nb::arg("budget"), nb::arg("slots"),
+          nb::arg("length"), nb::arg("kv"), nb::arg("budget"), nb::arg("slots"), nb::arg("heads") = Heads(),
           "Bytes that `slots` pages of a tier take at `length` positions, and the fewest there may be.")
       .def(
           "kv_step",
-          [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv, uint32_t budget) {
-            return s.kv(context, to_kv_type(kv), {.budget = budget}).step_bytes_at(length);
+          [](const Sizes& s, uint32_t context, uint32_t length, const std::string& kv, uint32_t budget, const Heads& heads) {
+            return s.kv(context, to_kv_type(kv), to_selection(budget, heads)).step_bytes_at(length);
           },
-          nb::arg("context"), nb::arg("length"), nb::arg("kv"), nb::arg("budget"), "Bytes that a step reads of it.");
+          nb::arg("context"), nb::arg("length"), nb::arg("kv"), nb::arg("budget"), nb::arg("heads") = Heads(), "Bytes that a step reads of it.");
 
   m.def(
       "allocated",
@@ -309,14 +327,16 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](KvCache* self, const Decoder& d, uint32_t context, const std::string& kv, uint32_t budget, uint32_t slots,
-             const std::string& directory, uint64_t disk_bytes, uint32_t read_delay_us) {
-            new (self) KvCache(d.spec(), context, to_kv_type(kv), {.budget = budget},
+             const std::string& directory, uint64_t disk_bytes, uint32_t read_delay_us, const Heads& heads) {
+            new (self) KvCache(d.spec(), context, to_kv_type(kv), to_selection(budget, heads),
                                {slots, directory, disk_bytes, read_delay_us});
           },
           nb::arg("model"), nb::arg("context"), nb::arg("kv") = "f16", nb::arg("budget") = 0, nb::arg("slots") = 0,
-          nb::arg("directory") = "", nb::arg("disk_bytes") = UINT64_MAX, nb::arg("read_delay_us") = 0,
+          nb::arg("directory") = "", nb::arg("disk_bytes") = UINT64_MAX, nb::arg("read_delay_us") = 0, nb::arg("heads") = Heads(),
           "`budget`: tokens that a step chooses for each KV head, in layers that see everything; 0: it reads all.\n"
-          "`slots`: pages of these layers in memory, the others in a file in `directory`; 0: all are.")
+          "`slots`: pages of these layers in memory, the others in a file in `directory`; 0: all are.\n"
+          "`heads`: the window of streaming heads, and by layer a class for each KV head that sees everything:\n0 indexed, 1 full, "
+          "2 streaming; empty: all are indexed.")
       .def_prop_ro("tier", [](const KvCache& c) -> std::optional<nb::dict> {
         if (!c.tier()) return std::nullopt;
         const PageStore& store = c.tier()->store();

@@ -21,8 +21,8 @@ namespace {
 nb::bytes to_bytes(const uint8_t* data, size_t n) { return nb::bytes(reinterpret_cast<const char*>(data), n); }
 
 void check_size(const PageStore& s, const nb::bytes& data) {
-  if (data.size() != s.shape().page_bytes)
-    throw edgert::EngineError("expected a page of " + std::to_string(s.shape().page_bytes) + " bytes, found " +
+  if (data.size() != s.page_bytes())
+    throw edgert::EngineError("expected a page of " + std::to_string(s.page_bytes()) + " bytes, found " +
                               std::to_string(data.size()));
 }
 
@@ -44,7 +44,7 @@ void rewrite(PageStore& s, uint32_t page, const nb::bytes& data) {
 }
 
 std::vector<nb::bytes> read_sections(PageStore& s, const std::vector<std::pair<uint32_t, uint32_t>>& places) {
-  const size_t bytes = s.shape().page_bytes / s.shape().sections;
+  const size_t bytes = s.section_bytes(0);  // as many as of the others
   std::vector<uint8_t> data(places.size() * bytes);
   std::vector<PageStore::SectionRead> reads;
   for (const auto& [page, section] : places) reads.push_back({page, section, data.data() + reads.size() * bytes});
@@ -76,7 +76,11 @@ void bind_store(nb::module_& m) {
           "__init__",
           [](PageStore* self, const std::string& directory, size_t page_bytes, uint32_t sections, uint32_t slots,
              uint64_t disk_cap_bytes, uint32_t read_delay_us) {
-            new (self) PageStore(directory, {page_bytes, sections, slots, disk_cap_bytes}, read_delay_us);
+            if (page_bytes == 0 || sections == 0 || page_bytes % sections != 0)
+              throw edgert::EngineError("a page of " + std::to_string(page_bytes) + " bytes cannot be cut into " +
+                                        std::to_string(sections) + " sections of equal size");
+            const std::vector<size_t> section_bytes(sections, page_bytes / sections);
+            new (self) PageStore(directory, {section_bytes, slots, disk_cap_bytes}, read_delay_us);
           },
           "directory"_a, nb::kw_only(), "page_bytes"_a, "sections"_a = 1, "slots"_a, "disk_cap_bytes"_a = UINT64_MAX,
           "read_delay_us"_a = 0)
@@ -94,7 +98,7 @@ void bind_store(nb::module_& m) {
       .def("resident", [](const PageStore& s, uint32_t page) { return s.resident(page) != nullptr; }, "page"_a)
       .def("need",
            [](PageStore& s, uint32_t page) {
-             return to_bytes(unlocked([&] { return s.need(page); }), s.shape().page_bytes);
+             return to_bytes(unlocked([&] { return s.need(page); }), s.page_bytes());
            },
            "page"_a, "The page, read if it is not in memory. Raises EngineError when it cannot be.")
       .def("read_sections", &read_sections, "places"_a, "The sections at (page, section), read past the slots.")

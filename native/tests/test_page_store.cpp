@@ -37,7 +37,7 @@ void check(const uint8_t* data, uint32_t page, uint32_t version, uint32_t sectio
 
 // Returns the evictions, which show that the slots were too few.
 uint64_t stress(const char* directory, uint32_t slots, uint32_t delay_us) {
-  PageStore store(directory, {kPageBytes, kSections, slots, UINT64_MAX}, delay_us);
+  PageStore store(directory, {std::vector<size_t>(kSections, kPageBytes / kSections), slots, UINT64_MAX}, delay_us);
   std::mt19937 rng(slots);
   std::vector<uint32_t> versions;
   const auto add = [&] {
