@@ -13,7 +13,6 @@ constexpr uint32_t kLevelTokens = 16;    // first and last tokens that stand for
 // adds up: three times the KL (docs/kernel-log.md).
 constexpr int kFloor = int(-13 * kWorthSteps);
 constexpr uint32_t kMaxGroup = KvCache::kMaxGroup;
-constexpr uint32_t kBlockPages = kIndexTokens / kPageTokens;
 
 // What worth is the logarithm of.
 struct TokenWeights {
@@ -25,6 +24,11 @@ struct TokenWeights {
 const TokenWeights kWeights;
 
 }  // namespace
+
+void page_weights(const int8_t* worth, float* pages) {
+  for (uint32_t p = 0; p < kBlockPages; ++p)
+    pages[p] = kWeights.of[*std::max_element(worth + p * kPageTokens, worth + (p + 1) * kPageTokens) + 128];
+}
 
 SparseCut::SparseCut(const KvCache& cache, uint32_t position) {
   const Selection& choice = cache.selection();
@@ -103,10 +107,7 @@ void SparseStep::scan(uint32_t layer, uint32_t head, uint32_t block, int8_t* wor
   const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads;
   const uint8_t* next = cache.index(layer, head, std::min(block + 1, cut.blocks - 1));
   k.scan({cache.index(layer, head, block), next, query, level, group, s.head_dim, worth});
-  if (!cache.tier()) return;
-  float* const pages = sc.page_weight.data() + size_t(head) * sc.page_stride + block * kBlockPages;
-  for (uint32_t p = 0; p < kBlockPages; ++p)
-    pages[p] = kWeights.of[*std::max_element(worth + p * kPageTokens, worth + (p + 1) * kPageTokens) + 128];
+  if (cache.tier()) page_weights(worth, sc.page_weight.data() + size_t(head) * sc.page_stride + block * kBlockPages);
 }
 
 // Adds what a head would give to each page, as a share of what it gives to all of them and to what is always read.
