@@ -213,15 +213,9 @@ void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want wa
     const bool sparse = cache.selection().budget && n == 1 && !full;
     const uint32_t index = cache.selection().budget ? index_reach(cache, count) : 0;
     std::fill(sc.page_worth.begin(), sc.page_worth.end(), 0.0f);
-    for (Scratch::Private& p : sc.threads) p.picked = 0;
     cache.begin(start + count, sparse, sparse ? predict(cache, tokens[done]) : nullptr);
     pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now, sparse, index, entered}.run(); });
     cache.end(start + count, sparse, index, sc.page_worth.data(), sc.worth_heads, sc.page_stride);
-    if (sparse) {
-      uint64_t picked = 0;
-      for (const Scratch::Private& p : sc.threads) picked += p.picked;
-      cache.set_picked(picked);
-    }
     if (cache.tier() && now != Want::None)
       for (uint32_t i = 0; i < count; ++i) cache.states().put(start + i, sc.x + size_t(i) * spec_.dim);
     if (now == Want::Last) score(scratch_->x + size_t(count - 1) * spec_.dim, 1, out);

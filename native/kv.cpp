@@ -236,7 +236,6 @@ void KvCache::end(uint32_t length, bool sparse, uint32_t blocks, const float* wo
     tier_->end(blocks * kBlockPages, sparse, worth, heads, stride);
   }
   indexed_ = blocks;
-  picked_.reset();
   length_ = length;
   high_ = std::max(high_, length);
 }
@@ -259,7 +258,6 @@ uint32_t KvCache::rewind(uint32_t length) {
   if (states_) states_->rewind(length);
   length_ = length;
   indexed_ = blocks;
-  picked_.reset();
   if (length_ == 0) high_ = 0;
   return length_;
 }
@@ -279,13 +277,6 @@ size_t KvCache::step_bytes_at(uint32_t length) const {
     n += c.piece_bytes / c.tokens * seen;
   }
   return n;
-}
-
-size_t KvCache::step_bytes() const {
-  const size_t most = step_bytes_at(length_);
-  const Class* c = records();
-  if (!c || !picked_ || blocks_at(length_) * kIndexTokens <= selection_.sinks + selection_.budget) return most;
-  return most - c->piece_bytes / c->tokens * selection_.budget + *picked_ * record_;
 }
 
 template <class F>
@@ -355,7 +346,6 @@ void KvCache::load(const std::string& state) {
                       std::to_string(context_) + ": open the session with a larger context");
   if (indexed > length / kIndexTokens || (indexed && !index_.piece_bytes)) throw EngineError("the saved session has an index of no use");
   length_ = high_ = indexed_ = 0;
-  picked_.reset();
   if (tier_) tier_->rewind(0, 0);
   if (index_.piece_bytes) grow(index_, high / kIndexTokens);
   for (Class& c : classes_) {

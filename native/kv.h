@@ -24,7 +24,6 @@
 #pragma once
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -159,12 +158,9 @@ class KvCache {
     return conv_ + (size_t(layers_[layer].first) * kConvRing + position % kConvRing) * dim_;
   }
 
-  // Bytes of keys and values that the last pass read if it was a step that chose, else those that a step at the present
-  // length reads at most.
-  size_t step_bytes() const;
-  size_t step_bytes_at(uint32_t length) const;  // at most, at `length`
-  // After end(): tokens that the step chose, summed over heads and layers.
-  void set_picked(uint64_t tokens) { picked_ = tokens; }
+  // Bytes of keys and values a decode step reads at the present length, and at `length`.
+  size_t step_bytes() const { return step_bytes_at(length_); }
+  size_t step_bytes_at(uint32_t length) const;
 
   std::string save() const;             // checked by load()
   void load(const std::string& state);  // throws EngineError when it is not this cache's shape
@@ -217,7 +213,6 @@ class KvCache {
   uint32_t length_ = 0;
   uint32_t high_ = 0;  // one past the highest position written since the cache was empty
   uint32_t indexed_ = 0;
-  std::optional<uint64_t> picked_;
   std::vector<Class> classes_;
   Class index_;  // of all heads in records, a piece for each block
   std::vector<size_t> sections_;  // bytes of a tier's page by layer in records

@@ -63,7 +63,6 @@ struct Scratch {
     float *max, *sum;  // [kRowsAtOnce]
     std::vector<uint8_t> keys, values;  // [kChunkPages] pages made of records
     std::vector<uint32_t> places;       // tokens picked for a KV head
-    uint64_t picked = 0;                // tokens read of those, in a pass
     Likely likeliest[kHeadTokens];
     std::vector<uint32_t> chosen;  // clusters or units that the last stage of a FlashHead chose
     std::vector<uint32_t> units;   // units of the head's rows that are looked at

@@ -9,9 +9,6 @@ namespace {
 constexpr uint32_t kStretch = 128;       // tokens of a part,
 constexpr uint32_t kShortStretch = 32;   // or of one of few
 constexpr uint32_t kLevelTokens = 16;    // first and last tokens that stand for what is always read
-// A token whose weight would be below 2^-13 of what is always read is not worth reading. At 2^-11 what is left out
-// adds up: three times the KL (docs/kernel-log.md).
-constexpr int kFloor = int(-13 * kWorthSteps);
 constexpr uint32_t kMaxGroup = KvCache::kMaxGroup;
 
 // What worth is the logarithm of.
@@ -64,8 +61,7 @@ void SparseStep::attend_part(uint32_t layer, uint32_t head, uint32_t part) {
   } else {
     if (picked != head) pick(head);
     const uint32_t first = (part - cut.always_parts()) * cut.stretch;
-    count = first < taken ? std::min(cut.stretch, taken - first) : 0;
-    me.picked += count;
+    count = std::min(cut.stretch, cut.chosen - first);
     for (uint32_t i = 0; i < count; ++i) records[i] = cache.record(layer, head, me.places[first + i]);
   }
   const float* q[kMaxGroup];
@@ -74,10 +70,7 @@ void SparseStep::attend_part(uint32_t layer, uint32_t head, uint32_t part) {
     q[g] = sc.q + size_t(head * group + g) * hd;
     acc[g] = sc.partial.data() + (size_t(part) * s.n_heads + head * group + g) * (hd + 2);
   }
-  if (count)
-    k.records[size_t(cache.type())].attend({q, records, count, group, hd, me.scores, acc, max, sum});
-  else
-    for (uint32_t g = 0; g < group; ++g) std::fill_n(acc[g], hd, 0.0f), max[g] = -INFINITY, sum[g] = 0;
+  k.records[size_t(cache.type())].attend({q, records, count, group, hd, me.scores, acc, max, sum});
   for (uint32_t g = 0; g < group; ++g) acc[g][hd] = max[g], acc[g][hd + 1] = sum[g];
 }
 
@@ -97,8 +90,7 @@ void SparseStep::measure_level(uint32_t layer, uint32_t head) {
 }
 
 void SparseStep::pick(uint32_t head) {
-  const int8_t* worth = sc.worth.data() + size_t(head) * sc.worth_stride;
-  taken = k.pick(worth, cut.blocks * kIndexTokens, cut.chosen, kFloor, me.places.data());
+  k.pick(sc.worth.data() + size_t(head) * sc.worth_stride, cut.blocks * kIndexTokens, cut.chosen, me.places.data());
   picked = head;
 }
 

@@ -41,8 +41,7 @@ struct SparseStep {
   Scratch::Private& me;
   SparseCut cut;
   static constexpr uint32_t kNone = 0xffffffff;
-  uint32_t picked = kNone;   // the KV head whose choice is in me.places,
-  uint32_t taken = 0;        // of so many tokens
+  uint32_t picked = kNone;   // the KV head whose choice is in me.places
   uint32_t leveled = kNone;  // and that whose queries and level are in the following
   const float* query[KvCache::kMaxGroup] = {};
   float level[KvCache::kMaxGroup] = {};

@@ -61,7 +61,7 @@ class NativeSession:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of keys, values and index that the last step read; before one, the most that one reads."""
+        """Bytes of keys and values the next step reads."""
         return self._cache.step_bytes
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
