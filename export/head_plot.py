@@ -43,7 +43,7 @@ def write_png(verdict: Verdict, path: Path) -> None:
         axis.set_xticks(range(len(layers)), layers)
         axis.set_yticks(range(columns))
         axis.tick_params(labelsize=7)
-    figure.axes[2 * len(maps) - 2].set_xlabel("layer", fontsize=8)
+    figure.axes[len(maps) - 1].set_xlabel("layer", fontsize=8)
     try:
         figure.savefig(path, format="png", dpi=150)
     except OSError as error:

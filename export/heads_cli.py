@@ -145,12 +145,12 @@ def _print(
     target: Path, counts: dict[str, int], found: dict[str, Any], rows: Sequence[dict[str, Any]]
 ) -> None:
     if rows:
-        print("head   class      KL text  KL answers  induction   echo  needle  (cheapest to stream first)")
+        print("head   class      KL text  KL answers  induction  echo   needle  (cheapest to stream first)")
     for row in rows:
+        name = f"{row['layer']}.{row['head']}"
         print(
-            f"{row['layer']}.{row['head']:<4} {row['class']:<10} {row['text']:.5f}     {row['answers']:.5f}"
-            f"      {row['induction']:.3f}  {row['echo']:.3f}   {row['needle']:.3f}"
-            + (" kept" if row["kept"] else "")
+            f"{name:<6} {row['class']:<10} {row['text']:.5f}  {row['answers']:.5f}     {row['induction']:.3f}"
+            f"      {row['echo']:.3f}  {row['needle']:.3f}" + "  kept" * row["kept"]
         )
     print(f"{target}: " + ", ".join(f"{count} {name} heads" for name, count in counts.items() if count))
     if "kl_text" in found:

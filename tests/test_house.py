@@ -38,6 +38,7 @@ HEAVY = {"torch", "onnx", "transformers"}
 OPTIONAL = {
     "llama_cpp": {"edgert/engines/llamacpp.py"},
     "huggingface_hub": {"edgert/hub.py"},
+    "matplotlib": {"edgert/cli/figures.py"},
 }
 # Distribution -> module, where the names differ.
 MODULE_OF = {"py-cpuinfo": "cpuinfo", "nanobind-backend": "nanobind_backend"}
