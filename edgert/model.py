@@ -39,7 +39,7 @@ def load(
     probes: int = 0,
     attention: str = "full",
     budget: int = 0,
-    heads: str | PathLike[str] = "auto",
+    heads: str | PathLike[str] = "none",
     memory: int | None = None,
     page_directory: str | PathLike[str] | None = None,
     page_limit: int | None = None,
@@ -59,10 +59,10 @@ def load(
     which a decode step reads ``budget`` past tokens for each KV head (0: the default), those that a small
     index finds worth it, beside the first and the latest ones; prompts are read in full; or "exact", which
     drafts with such steps and gives the tokens of full attention. ``heads``: what each KV head keeps and
-    reads under sparse attention: "auto", as the model's sidecar says if it does (``edgert heads``);
-    "sidecar", the same or an error; "none", all choose; or the path of a pattern file. ``memory``: the most
-    bytes the process may take with one session, whatever its context; with sparse or exact attention keys and
-    values that do not fit go to a file in ``page_directory`` (None: in edgert's cache) of at most
+    reads under sparse attention: "none", all choose; "sidecar", as ``edgert heads`` found; or the path of a
+    pattern file; some heads then see the first and the latest tokens alone, in prompts too. ``memory``: the
+    most bytes the process may take with one session, whatever its context; with sparse or exact attention
+    keys and values that do not fit go to a file in ``page_directory`` (None: in edgert's cache) of at most
     ``page_limit`` bytes (None: as many as it takes), and a step chooses among those in memory, which change
     with what the tokens before it looked for, and with a retrieval head in the sidecar (``edgert export
     --retrieval-head``) with what the next one is going to look for. Raises UsageError, ModelFileError,

@@ -145,7 +145,7 @@ def plan(
     probes: int = 0,
     attention: str = "full",
     budget: int = 0,
-    heads: str | PathLike[str] = "auto",
+    heads: str | PathLike[str] = "none",
 ) -> Plan:
     """The cost of running ``model`` (as in :func:`edgert.load`) with the native engine, from the headers of
     its files.
@@ -237,7 +237,7 @@ class Case:
         probes: int,
         chosen: int = 0,
         attention: str = "full",
-        heads: str | PathLike[str] = "auto",
+        heads: str | PathLike[str] = "none",
         retrieval: Sidecar | None = None,
     ) -> Case:
         """Options are checked by the caller; ``lanes`` and ``threads`` 0 are those that would run here.
