@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from edgert.export.retrieval_trace import Trace, Tracer
 from torch import Tensor, nn
@@ -126,12 +127,12 @@ def choose_heads(
 
 def nonnegative(gram: Tensor, target: Tensor, rounds: int = 300) -> Tensor:
     """x >= 0 with the least x' gram x - 2 target' x, by coordinate descent."""
-    x = torch.zeros_like(target)
-    diagonal = gram.diagonal().clamp(min=1e-12)
+    g, t = gram.numpy(), target.numpy()  # thousands of short sums, of which torch would make much work
+    x = np.zeros_like(t)
     for _ in range(rounds):
         for i in range(len(x)):
-            x[i] = (x[i] + (target[i] - gram[i] @ x) / diagonal[i]).clamp(min=0)
-    return x
+            x[i] = max(0.0, x[i] + (t[i] - g[i] @ x) / max(g[i, i], 1e-12))
+    return torch.from_numpy(x)
 
 
 def reduced(
