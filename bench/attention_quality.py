@@ -125,9 +125,8 @@ class Quality:
     budget: int
     kv_bytes: dict[str, int] = field(
         default_factory=dict
-    )  # tier -> what a step reads of it: of memory at most, until steps were timed
+    )  # tier -> what a step reads of it at the full context
     seconds: list[float] = field(default_factory=list)  # of steps that took turns with the other budgets'
-    step_bytes: list[int] = field(default_factory=list)  # that these read of memory
     texts: dict[str, Text] = field(default_factory=dict)
     lookups: dict[str, Lookups] = field(default_factory=dict)
     disk_steps: int = 0  # of text, those that were timed left out
@@ -139,11 +138,6 @@ class Quality:
     def hidden(self) -> float | None:
         """The share of the time of reading in which no step waited; None where nothing was read."""
         return 1 - self.waited_seconds / self.disk_seconds if self.disk_seconds else None
-
-    def add_step(self, seconds: float, nbytes: int) -> None:
-        self.seconds.append(seconds)
-        self.step_bytes.append(nbytes)
-        self.kv_bytes["memory"] = round(statistics.fmean(self.step_bytes))
 
     def add_disk(self, steps: int, before: dict[str, float], after: dict[str, float]) -> None:
         """``before`` and ``after``: what a tier had done, see Cache.tier."""
@@ -233,7 +227,7 @@ class AttentionQuality:
                 for token in block[at : at + TURN]:
                     began = time.perf_counter()
                     rows[n].append(sequences[n].step(token))
-                    self.qualities[n].add_step(time.perf_counter() - began, sequences[n].step_bytes)
+                    self.qualities[n].seconds.append(time.perf_counter() - began)
         return [np.stack(one) for one in rows]
 
     def ask(self, series: Series, begin: Stage) -> None:
@@ -298,11 +292,6 @@ class _Sequence:
     @property
     def length(self) -> int:
         return self._cache.length
-
-    @property
-    def step_bytes(self) -> int:
-        """Keys, values and index that the last step read."""
-        return self._cache.step_bytes
 
     @property
     def disk(self) -> dict[str, float] | None:

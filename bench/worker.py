@@ -63,8 +63,7 @@ class Bench:
         return {**self._runner.about(), "fill_seconds": self._seconds}
 
     def run(self) -> dict[str, Any]:
-        """``seconds``, the ``tokens`` chosen, and ``step_bytes``, the mean over a generation (in a first run
-        those of its last step)."""
+        """``seconds``, the ``tokens`` chosen, and ``step_bytes``, the mean over a generation."""
         self._rewind()
         ran = self._prompt() if self._test.prompt else self._generate()
         if self._peak is None:
@@ -73,16 +72,15 @@ class Bench:
         return ran
 
     def _generate(self) -> dict[str, Any]:
-        before = None
         if self._peak is not None:
             self._runner.step(self._first)  # wakes the threads, which slept while others had their turn
-            before = self._runner.step_bytes()
             self._rewind()
+        before = self._runner.step_bytes()
         began = time.perf_counter()
         tokens = self._runner.generate(self._first, self._test.generate)
         seconds = time.perf_counter() - began
         after = self._runner.step_bytes()
-        mean = after if before is None or after is None else (before + after) // 2
+        mean = None if before is None or after is None else (before + after) // 2
         return {"seconds": seconds, "tokens": tokens, "step_bytes": mean}
 
     def _rewind(self) -> None:

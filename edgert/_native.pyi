@@ -141,8 +141,17 @@ class Model:
     """Packed weights of one model and the forward pass over them."""
 
     def __init__(
-        self, file: GgufFile, spec: dict[str, Any], threads: int = 0, sidecar: GgufFile | None = None
-    ) -> None: ...
+        self,
+        file: GgufFile,
+        spec: dict[str, Any],
+        threads: int = 0,
+        sidecar: GgufFile | None = None,
+        retrieval: GgufFile | None = None,
+    ) -> None:
+        """
+        `sidecar`: the file of a FlashHead; `retrieval`: that of a retrieval head.
+        """
+
     @property
     def threads(self) -> int: ...
     @property
@@ -234,6 +243,12 @@ class Model:
         (ids, logits) of one row of hidden(), [dim], by a FlashHead; see Decoder::flash.
         """
 
+    def page_worth(self, cache: Cache, token: int) -> NDArray[numpy.float32]:
+        """
+        What a retrieval head says the pages with an index will be worth to a step with `token`, [pages];
+        empty where it says nothing.
+        """
+
     def among(
         self,
         hidden: Annotated[
@@ -255,6 +270,7 @@ class Sizes:
         threads: int,
         sidecar: GgufFile | None = None,
         lanes: int = 0,
+        retrieval: GgufFile | None = None,
     ) -> None:
         """
         `lanes`: floats of a vector at the ISA level meant, 8 or 16; 0: the one that would run here.
@@ -359,6 +375,12 @@ class Cache:
         """
         Of the pages: how many there are, how many fit into memory and into the set of a step;
         what was read, written and waited for; whether the directory lies in memory. None without a tier.
+        """
+
+    @property
+    def page_set(self) -> list[int]:
+        """
+        The pages with an index that the last step of a tier could choose from.
         """
 
     @property

@@ -55,7 +55,7 @@ def seeing_all(spec: ModelSpec) -> list[int]:
 
 def check_heads(heads: str | PathLike[str], attention: str) -> None:
     """Raises UsageError for classes where they are of no use."""
-    if attention != "sparse" and heads not in ("auto", "none"):
+    if attention != "sparse" and heads != "none":
         raise UsageError(
             f"classes of heads are for sparse attention: with attention={attention!r} every head keeps every "
             "token; drop heads"
@@ -65,14 +65,12 @@ def check_heads(heads: str | PathLike[str], attention: str) -> None:
 def choose_heads(
     heads: str | PathLike[str], path: str | PathLike[str], spec: ModelSpec, attention: str
 ) -> HeadClasses:
-    """The classes that ``heads`` means for the model at ``path``: "auto", those of its sidecar if it has any;
-    "sidecar", the same or an error; "none"; or a pattern file. Raises UsageError, and ModelFileError for a
-    damaged sidecar."""
+    """The classes that ``heads`` means for the model at ``path``: "none", those of its "sidecar", or a
+    pattern file. Raises UsageError, and ModelFileError for a damaged sidecar."""
     check_heads(heads, attention)
-    if attention != "sparse" or heads == "none":
+    if heads == "none":
         return ALL_INDEXED
-    named = heads != "auto"
-    if named and heads != "sidecar":
+    if heads != "sidecar":
         return classes_of(read_pattern(Path(heads), spec), spec)
     found = find_sidecar(Path(path))
     if found is not None:
@@ -81,12 +79,10 @@ def choose_heads(
         classes = Sidecar(found, Path(path)).heads(spec)
         if classes is not None:
             return classes
-    if named:
-        raise UsageError(
-            f"{path} has no classes of heads in a sidecar: make them with `edgert heads {path}`, give a "
-            "pattern file, or use heads='none'"
-        )
-    return ALL_INDEXED
+    raise UsageError(
+        f"{path} has no classes of heads in a sidecar: make them with `edgert heads {path}`, give a "
+        "pattern file, or use heads='none'"
+    )
 
 
 def classes_of(pattern: Sequence[Sequence[float]], spec: ModelSpec, window: int = WINDOW) -> HeadClasses:

@@ -41,3 +41,16 @@ def choose_sidecar(path: str, head: str, engine: str) -> Sidecar | None:
             f"`edgert export {path} --flash-head`, or use head='dense'"
         )
     return None
+
+
+def choose_retrieval(path: str, chosen: int, memory: int | None) -> Sidecar | None:
+    """The sidecar whose retrieval head to use, opened: where keys and values may go to a disk, which takes
+    sparse attention (``chosen``) and a limit of ``memory``, and the sidecar of ``path`` has one that chooses
+    better than past votes. Raises ModelFileError when it is damaged or belongs to another file."""
+    found = find_sidecar(Path(path)) if chosen and memory is not None else None
+    if found is None:
+        return None
+    from .sidecar import Sidecar
+
+    sidecar = Sidecar(found, Path(path))
+    return sidecar if sidecar.predictor == "head" else None

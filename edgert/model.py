@@ -18,7 +18,7 @@ from .engines.base import Engine
 from .errors import ModelFileError, UnsupportedModelError, UsageError
 from .generate import Reply, Stream
 from .head_classes import ALL_INDEXED, check_heads
-from .heads import check_head, choose_sidecar
+from .heads import check_head, choose_retrieval, choose_sidecar
 from .locate import model_path
 from .placement import check_memory, make_tier
 from .planner import Case, check_context, choose_context
@@ -39,7 +39,7 @@ def load(
     probes: int = 0,
     attention: str = "full",
     budget: int = 0,
-    heads: str | PathLike[str] = "auto",
+    heads: str | PathLike[str] = "none",
     memory: int | None = None,
     page_directory: str | PathLike[str] | None = None,
     page_limit: int | None = None,
@@ -59,14 +59,15 @@ def load(
     which a decode step reads ``budget`` past tokens for each KV head (0: the default), those that a small
     index finds worth it, beside the first and the latest ones; prompts are read in full; or "exact", which
     drafts with such steps and gives the tokens of full attention. ``heads``: what each KV head keeps and
-    reads under sparse attention: "auto", as the model's sidecar says if it does (``edgert heads``);
-    "sidecar", the same or an error; "none", all choose; or the path of a pattern file. ``memory``: the most
-    bytes the process may take with one session, whatever its context; with sparse or exact attention keys and
-    values that do not fit go to a file in ``page_directory`` (None: in edgert's cache) of at most
+    reads under sparse attention: "none", all choose; "sidecar", as ``edgert heads`` found; or the path of a
+    pattern file; some heads then see the first and the latest tokens alone, in prompts too. ``memory``: the
+    most bytes the process may take with one session, whatever its context; with sparse or exact attention
+    keys and values that do not fit go to a file in ``page_directory`` (None: in edgert's cache) of at most
     ``page_limit`` bytes (None: as many as it takes), and a step chooses among those in memory, which change
-    with what the tokens before it looked for. Raises UsageError, ModelFileError, UnsupportedModelError,
-    TokenizerError or EngineError; PlanError, before anything is allocated, when the model with a session of
-    ``context`` does not fit the memory there is.
+    with what the tokens before it looked for, and with a retrieval head in the sidecar (``edgert export
+    --retrieval-head``) with what the next one is going to look for. Raises UsageError, ModelFileError,
+    UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
+    model with a session of ``context`` does not fit the memory there is.
     """
     check_head(head, probes)
     check_options(engine, threads, kv)
@@ -77,10 +78,11 @@ def load(
     trained = _trained_context(file)
     check_context(context, trained)
     sidecar = choose_sidecar(file.path, head, engine)
+    retrieval = choose_retrieval(file.path, chosen, memory)
     slots, classes = 0, ALL_INDEXED
     if engine != "llamacpp":
         with contextlib.suppress(UnsupportedModelError):  # the choice of an engine says what to do
-            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention, heads)
+            case = Case.read(file, sidecar, 0, threads, kv, head, probes, chosen, attention, heads, retrieval)
             context, slots = choose_context(case, context, memory)
             classes = case.heads
             del case
@@ -89,7 +91,9 @@ def load(
     tokenizer = _TokenizerLoader(metadata)
     tokenizer.start()
     tier = make_tier(slots, page_directory, page_limit)
-    loaded = engine_for(file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier, classes)
+    loaded = engine_for(
+        file, metadata, engine, threads, kv, context, sidecar, probes, chosen, tier, classes, retrieval
+    )
     if head == "auto":
         head = "flash" if sidecar and loaded.name == "native" else "dense"
     return Model(

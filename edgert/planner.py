@@ -145,7 +145,7 @@ def plan(
     probes: int = 0,
     attention: str = "full",
     budget: int = 0,
-    heads: str | PathLike[str] = "auto",
+    heads: str | PathLike[str] = "none",
 ) -> Plan:
     """The cost of running ``model`` (as in :func:`edgert.load`) with the native engine, from the headers of
     its files.
@@ -162,7 +162,7 @@ def plan(
     """
     from .attention import choose_budget
     from .engines import check_options
-    from .heads import check_head, choose_sidecar
+    from .heads import check_head, choose_retrieval, choose_sidecar
     from .rates import rates_for
 
     check_options("native", threads, kv)
@@ -172,7 +172,10 @@ def plan(
     check_head(head, probes)
     file = _native.GgufFile(str(model_path(model)))
     sidecar = choose_sidecar(file.path, head, "native")
-    case = Case.read(file, sidecar, rates.lanes, rates.threads, kv, head, probes, chosen, attention, heads)
+    retrieval = choose_retrieval(file.path, chosen, memory)
+    case = Case.read(
+        file, sidecar, rates.lanes, rates.threads, kv, head, probes, chosen, attention, heads, retrieval
+    )
     check_context(context, case.trained_context)
     context = context or case.trained_context
     if memory is not None:
@@ -234,7 +237,8 @@ class Case:
         probes: int,
         chosen: int = 0,
         attention: str = "full",
-        heads: str | PathLike[str] = "auto",
+        heads: str | PathLike[str] = "none",
+        retrieval: Sidecar | None = None,
     ) -> Case:
         """Options are checked by the caller; ``lanes`` and ``threads`` 0 are those that would run here.
         Raises ModelFileError, UnsupportedModelError; UsageError when ``kv`` cannot hold the heads or
@@ -249,7 +253,14 @@ class Case:
         if head == "auto":
             head = "flash" if sidecar else "dense"
         tensors = tuple((t.name, t.type, math.prod(t.shape)) for t in file.tensors)
-        sizes = _native.Sizes(file, spec.as_dict(), threads, sidecar.file if sidecar else None, lanes)
+        sizes = _native.Sizes(
+            file,
+            spec.as_dict(),
+            threads,
+            sidecar.file if sidecar else None,
+            lanes,
+            retrieval.file if retrieval else None,
+        )
         budget = sidecar.budget(probes) if sidecar else (0, 0)
         classes = choose_heads(heads, file.path, spec, attention)
         return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head, chosen, attention, classes)
@@ -276,6 +287,11 @@ class Case:
             Part("embedding", weights["embedding"], tied),
             Part("head", weights["head"]),
             Part("sidecar", weights["flash_head"], "FlashHead: routers, low-rank rows, tables"),
+            Part(
+                "retrieval head",
+                weights["retrieval_head"],
+                "of the sidecar: it chooses pages of the disk tier",
+            ),
             *self._kv(context),
             Part("activations", self._activations(context), "buffers of a pass"),
             Part("logits", self._logits(), "of the tokens that are scored at once"),

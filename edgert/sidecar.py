@@ -17,11 +17,18 @@
     edgert.heads.classes        i32 array, class of each KV head (edgert/head_classes.py), layer by layer,
                                 with as many columns as any layer has KV heads
     edgert.heads.quality        string, JSON: what was measured of them
+    edgert.retrieval.layers     i32 array, layer of each head whose queries a retrieval head predicts
+    edgert.retrieval.heads      i32 array, its number among the layer's heads of keys
+    edgert.retrieval.predictor  string, "head" or "votes": what chooses pages better
+    edgert.retrieval.quality    string, JSON: what was measured with either on held-out text
 
-The keys of ``edgert.head``, a FlashHead, or those of ``edgert.heads``, classes of KV heads, may be missing.
-The tensors of a FlashHead are ``head.routers`` [clusters, dim] with ``head.bias`` [clusters], for "lowrank"
-``head.projection`` [rank, dim] with ``head.rows`` [rows, rank], and for both all four; ``FlashHead`` in
-``native/decoder.h`` says what they mean, and ``native/weights.cpp`` checks them.
+The keys of ``edgert.head``, a FlashHead, those of ``edgert.heads``, classes of KV heads, or those of
+``edgert.retrieval``, a retrieval head, may be missing. The tensors of a FlashHead are ``head.routers``
+[clusters, dim] with ``head.bias`` [clusters], for "lowrank" ``head.projection`` [rank, dim] with
+``head.rows`` [rows, rank], and for both all four; ``FlashHead`` in ``native/decoder.h`` says what they
+mean, and ``native/weights.cpp`` checks them. The retrieval head's are ``retrieval.down`` [rank, 2 * dim],
+``retrieval.up`` [queries, rank], ``retrieval.bias`` [queries] and ``retrieval.worth`` [heads]:
+``native/retrieval.h``.
 """
 
 from __future__ import annotations
@@ -42,11 +49,13 @@ VERSION = 2  # 1 had one stage
 RECIPES = ("clusters", "lowrank", "clusters+lowrank")
 CLASSES = "edgert.heads.classes"
 HEADS = "have all heads indexed (--heads none)"
+PREDICTORS = ("head", "votes")
+RETRIEVAL = "edgert.retrieval.predictor"
 
 
 class Sidecar:
     """An open sidecar that belongs to the model at ``base``. Raises ModelFileError for any other. Without a
-    FlashHead ``recipe`` is empty."""
+    FlashHead ``recipe`` is empty, without a retrieval head ``predictor``."""
 
     def __init__(self, path: Path, base: Path) -> None:
         self.path = path
@@ -60,10 +69,19 @@ class Sidecar:
         if size != found or self._read("edgert.base.fingerprint", str) != fingerprint(base):
             raise self._refuse("edgert.base.fingerprint", f"it was made for another file than {base}")
         self.probes = self.cluster_size = self.keep = 0
-        self.recipe = ""
+        self.recipe = self.predictor = ""
         keys = self.file.metadata_keys
-        if CLASSES not in keys or any(key.startswith("edgert.head.") for key in keys):
+        if RETRIEVAL in keys:
+            self._read_retrieval()
+        others = CLASSES in keys or RETRIEVAL in keys
+        if not others or any(key.startswith("edgert.head.") for key in keys):
             self._read_head()
+
+    def _read_retrieval(self) -> None:
+        self.predictor = self._read(RETRIEVAL, str)
+        if self.predictor not in PREDICTORS:
+            what = f"expected one of {', '.join(PREDICTORS)}, found {self.predictor[:40]!r}"
+            raise self._refuse(RETRIEVAL, what, "remove it")
 
     def _read_head(self) -> None:
         names = {t.name for t in self.file.tensors}
@@ -92,14 +110,13 @@ class Sidecar:
 
     @property
     def quality(self) -> dict[str, Any]:
-        """What the exporter measured on held-out text."""
-        try:
-            quality = json.loads(self._read("edgert.head.quality", str))
-        except ValueError:
-            quality = None
-        if not isinstance(quality, dict):
-            raise self._refuse("edgert.head.quality", "expected a JSON object")
-        return quality
+        """What the exporter measured of the FlashHead on held-out text."""
+        return self._json("edgert.head.quality")
+
+    @property
+    def retrieval_quality(self) -> dict[str, Any]:
+        """What the exporter measured of the retrieval head, and of choosing without it, on held-out text."""
+        return self._json("edgert.retrieval.quality")
 
     @property
     def agreement(self) -> float | None:
@@ -136,6 +153,15 @@ class Sidecar:
         if not isinstance(value, kind) or isinstance(value, bool):
             found = "nothing" if value is None else type(value).__name__
             raise self._refuse(key, f"expected {kind.__name__}, found {found}")
+        return value
+
+    def _json(self, key: str) -> dict[str, Any]:
+        try:
+            value = json.loads(self._read(key, str))
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise self._refuse(key, "expected a JSON object")
         return value
 
     def _refuse(

@@ -28,7 +28,7 @@ SOURCES = ("prose", "code")  # of the calibration text; the first half of each r
 LENGTH = 2048  # tokens of a document
 NEEDLES_LENGTH = 1536
 SCORED = 64  # positions of a document by which heads are ranked
-HELD_SCORED = 256  # and those that choose how many stream
+HELD_SCORED = 128  # and those that choose how many stream
 REPEATED = 400  # random tokens
 # A head that reaches one of these keeps everything, whatever its ablation says: Wu et al. call a head with
 # the first score a retrieval head, RazorAttention keeps the others.

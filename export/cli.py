@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--flash-head", action="store_true", help="cluster the vocabulary head (FlashHead) into the sidecar"
     )
     parser.add_argument(
+        "--retrieval-head",
+        action="store_true",
+        help="train what chooses pages of the disk tier (sparse attention with --memory) into the sidecar; "
+        "goes on where an interrupted run stopped",
+    )
+    parser.add_argument(
         "--agreement",
         type=float,
         default=0.995,
@@ -43,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="the sidecar with --flash-head, else the .gguf file; default: beside the model",
+        help="the sidecar where one is asked for, else the .gguf file; default: beside the model",
     )
     parser.add_argument("--cluster-size", type=int, metavar="N", help="tokens a cluster; default: searched")
     parser.add_argument("--probes", type=int, metavar="N", help="clusters scored; default: what reaches A")
@@ -60,8 +66,10 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--quant is for a Hugging Face model directory, and {args.model} is none (it has no config.json)"
         )
-    if not directory and not args.flash_head:
-        raise UsageError("nothing to export; add --flash-head, or give a Hugging Face model directory")
+    if not directory and not args.flash_head and not args.retrieval_head:
+        raise UsageError(
+            "nothing to export; add --flash-head or --retrieval-head, or give a Hugging Face model directory"
+        )
     if directory:
         model = _convert(directory, args)
     else:
@@ -71,6 +79,8 @@ def main(args: argparse.Namespace) -> int:
         model = model_path(args.model, Bar)
     if args.flash_head:
         _flash_head(model, args)
+    if args.retrieval_head:
+        _retrieval_head(model, args)
     return 0
 
 
@@ -82,15 +92,19 @@ def _directory(model: str) -> Path | None:
     return None if model.startswith("hf:") or find(model) or not (path / "config.json").exists() else path
 
 
+def _sidecar(args: argparse.Namespace) -> bool:
+    return bool(args.flash_head or args.retrieval_head)
+
+
 def _convert(directory: Path, args: argparse.Namespace) -> Path:
     from edgert.export.hf_directory import convert
 
     quant = args.quant or QUANT
-    path = convert(directory, quant, None if args.flash_head else args.output, _note, Steps())
+    path = convert(directory, quant, None if _sidecar(args) else args.output, _note, Steps())
     size = path.stat().st_size
     if not args.json:
         print(f"{path}: {size / 1e6:.1f} MB, {quant}")
-    elif not args.flash_head:  # else one object for both
+    elif not _sidecar(args):  # else one object for both
         import json
 
         print(json.dumps({"path": str(path), "quant": quant, "bytes": size}))
@@ -111,6 +125,26 @@ def _flash_head(model: Path, args: argparse.Namespace) -> None:
         print(
             f"{done.path}: {quality['bytes_per_token'] / 1e6:.1f} MB a token instead of "
             f"{quality['dense_bytes_per_token'] / 1e6:.1f}, {quality['agreement']:.2%} of dense's tokens"
+        )
+
+
+def _retrieval_head(model: Path, args: argparse.Namespace) -> None:
+    from edgert.export.retrieval_head import Request, export_retrieval_head
+
+    done = export_retrieval_head(model, Request(args.calibration, args.seed), args.output, _note, Steps())
+    head, votes = done.quality["head"], done.quality["votes"]
+    if args.json:
+        import json
+
+        print(
+            json.dumps(
+                {"path": str(done.path), "model": str(model), "predictor": done.predictor, **done.quality}
+            )
+        )
+    else:
+        print(
+            f"{done.path}: {done.quality['parameters']:,} parameters; KL {head['kl']:.4f} with the head, "
+            f"{votes['kl']:.4f} by past votes alone: {done.predictor} will choose pages"
         )
 
 

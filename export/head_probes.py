@@ -94,7 +94,8 @@ def make_needles(
     tokenizer: Tokenizer, text: Sequence[int], length: int, apart: int, seed: int, questions: int = 6
 ) -> Needles:
     """Facts in the first part of ``text``, half of them sentences with a number and half random strings with
-    one; ``apart`` tokens and more lie between them and the questions. ``length`` tokens in all at most."""
+    one; ``apart`` tokens and more lie between them and the questions. ``length`` tokens in all, more only
+    where that is too few for the questions."""
     rng = random.Random(seed)
     facts = [f"The {name} is" for name in rng.sample(_NAMES, questions - questions // 2)]
     facts += ["".join(rng.choices(_LETTERS, k=6)) + " ->" for _ in range(questions // 2)]
@@ -102,7 +103,7 @@ def make_needles(
     asked = [tokenizer.encode(f"\n\n{fact}", add_special=False) for fact in facts]
     values = [tokenizer.encode(f" {rng.randint(10000, 99999)}", add_special=False) for _ in facts]
     tail = sum(len(a) + len(v) for a, v in zip(asked, values, strict=True))
-    room = length - 2 * tail
+    room = max(length - 2 * tail, apart + questions)
     ids: list[int] = []
     begins: list[int] = []
     each = max((room - apart) // questions, 1)

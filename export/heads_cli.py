@@ -159,4 +159,4 @@ def _print(
             f"{found['kl_answers']:.4f} on answers, of which {found['right']} of {found['asked']} are right "
             f"(full attention: {found['right_full']})"
         )
-    print("sparse attention uses them (--attention sparse; --heads none does not)", file=sys.stderr)
+    print("--attention sparse --heads sidecar uses them", file=sys.stderr)

@@ -28,10 +28,10 @@ void check_head_dim(const ModelSpec& spec) {
                                 " channels: the native engine takes multiples of 16 up to 256");
 }
 
-Decoder::Decoder(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const GgufFile* sidecar)
+Decoder::Decoder(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const Sidecars& sidecars)
     : spec_(spec), kernels_(kernels_for(isa_select())), pool_(threads ? threads : usable_cpus()) {
   check_head_dim(spec);
-  weights_ = load_weights(file, spec, sidecar, kernels_, pool_);
+  weights_ = load_weights(file, spec, sidecars, kernels_, pool_);
 
   scratch_ = std::make_unique<Scratch>(spec, weights_, pool_.threads());
   scratch_->allocate(spec, weights_);

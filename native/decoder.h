@@ -13,6 +13,7 @@
 #include "kv.h"
 #include "memory.h"
 #include "pool.h"
+#include "retrieval.h"
 #include "spec.h"
 
 namespace edgert {
@@ -51,6 +52,7 @@ struct Weights {
   // The same matrix when the head is tied. With a FlashHead the head's rows lie cluster by cluster.
   PackedMatrix embedding, head;
   FlashHead flash;
+  RetrievalHead retrieval;
   const float* output_norm = nullptr;
   const float* rope_factors = nullptr;  // [rope_dims / 2]
   std::vector<LayerWeights> layers;
@@ -65,14 +67,20 @@ struct Weights {
   size_t flash_bytes(uint32_t probes, uint32_t keep) const;
 };
 
+// Files that parts of a model come from which edgert made of it; nullptr: without that part.
+struct Sidecars {
+  const GgufFile* flash = nullptr;      // a FlashHead
+  const GgufFile* retrieval = nullptr;  // a RetrievalHead
+};
+
 // Shapes and sizes of what load_weights() would make, from the headers alone: its matrices have no
 // data. `arena_bytes` is what their arena would hold. Throws as load_weights() does.
-Weights plan_weights(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, uint32_t lanes,
+Weights plan_weights(const GgufFile& file, const ModelSpec& spec, const Sidecars& sidecars, uint32_t lanes,
                      size_t& arena_bytes);
 
-// Reads and packs every tensor the spec names, and those of the sidecar if there is one. Throws
+// Reads and packs every tensor the spec names, and those of the sidecars. Throws
 // ModelFileError, UnsupportedModelError, EngineError.
-Weights load_weights(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, const Kernels& kernels,
+Weights load_weights(const GgufFile& file, const ModelSpec& spec, const Sidecars& sidecars, const Kernels& kernels,
                      Pool& pool);
 
 // Throws UnsupportedModelError for heads the kernels are not made for.
@@ -82,9 +90,8 @@ struct Scratch;
 
 class Decoder {
  public:
-  // `threads` 0: one for each CPU this process may use. `sidecar`, nullptr for none, brings a
-  // FlashHead.
-  Decoder(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const GgufFile* sidecar = nullptr);
+  // `threads` 0: one for each CPU this process may use.
+  Decoder(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const Sidecars& sidecars = {});
   ~Decoder();
 
   const ModelSpec& spec() const { return spec_; }
@@ -92,6 +99,11 @@ class Decoder {
   uint32_t threads() const { return pool_.threads(); }
   Isa isa() const { return kernels_.isa; }
   size_t activation_bytes() const;
+
+  // What a retrieval head says the pages of a cache with a tier will be worth to a step with `token`, [pages with an
+  // index]; empty where it has nothing to say: without a head, while all pages may be read, and when the final
+  // state of the token before is not known.
+  std::vector<float> page_worth(KvCache& cache, int32_t token);
 
   enum class Want { None, Last, All, Hidden };
   // Appends n tokens to the cache. `out` receives vocab logits for the last token or for each, or the
@@ -128,6 +140,8 @@ class Decoder {
  private:
   struct Pass;
   struct Head;
+  // What the pages of the cache's tier will be worth to a step with `token`, [pages with an index]; nullptr where nothing says.
+  const float* predict(KvCache& cache, int32_t token);
   void score(const float* hidden, uint32_t n, float* logits);       // dense() with the lock held
   void score_rows(const float* hidden, uint32_t n, float* logits);  // dense_rows() of up to kHeadTokens
   void measure_rows();

@@ -90,6 +90,7 @@ void Decoder::Pass::attention(uint32_t layer) {
     }
   }
   w.barrier();
+  if (sparse && layer == entered && w.index() == 0) cache.enter();
   prepare_heads(layer);
   barrier_before_attention(layer);
   if (!one)
@@ -200,23 +201,23 @@ void Decoder::forward(KvCache& cache, const int32_t* tokens, uint32_t n, Want wa
                                    " tokens, the context holds " + std::to_string(cache.context()) +
                                    ": shorten the prompt or load with a larger context");
   cache.reserve(cache.length() + n);
-  scratch_->reserve(spec_, cache, cache.length() + n);
+  scratch_->reserve(spec_, weights_, cache, cache.length() + n);
   Scratch& sc = *scratch_;
+  // Pages that enter the set of a tier are read while the first third of the layers runs, which a step can spare best: what
+  // they do not find, later layers may (docs/kernel-log.md).
+  uint32_t entered = uint32_t(spec_.layers.size()) / 3;
+  while (entered < spec_.layers.size() && cache.recorded(entered).empty()) ++entered;
   for (uint32_t done = 0; done < n;) {
     const uint32_t count = std::min(n - done, kMaxChunk), start = cache.length();
     const Want now = want == Want::Last && done + count < n ? Want::None : want;
     const bool sparse = cache.selection().budget && n == 1 && !full;
     const uint32_t index = cache.selection().budget ? index_reach(cache, count) : 0;
     std::fill(sc.page_worth.begin(), sc.page_worth.end(), 0.0f);
-    for (Scratch::Private& p : sc.threads) p.picked = 0;
-    cache.begin(start + count, sparse);
-    pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now, sparse, index}.run(); });
+    cache.begin(start + count, sparse, sparse ? predict(cache, tokens[done]) : nullptr);
+    pool_.run([&](Pool::Worker& w) { Pass{*this, cache, w, tokens + done, count, start, now, sparse, index, entered}.run(); });
     cache.end(start + count, sparse, index, sc.page_worth.data(), sc.worth_heads, sc.page_stride);
-    if (sparse) {
-      uint64_t picked = 0;
-      for (const Scratch::Private& p : sc.threads) picked += p.picked;
-      cache.set_picked(picked);
-    }
+    if (cache.tier() && now != Want::None)
+      for (uint32_t i = 0; i < count; ++i) cache.states().put(start + i, sc.x + size_t(i) * spec_.dim);
     if (now == Want::Last) score(scratch_->x + size_t(count - 1) * spec_.dim, 1, out);
     if (now == Want::All) score(scratch_->x, count, out + size_t(done) * spec_.vocab_size);
     if (now == Want::Hidden) std::memcpy(out + size_t(done) * spec_.dim, scratch_->x, size_t(count) * spec_.dim * sizeof(float));

@@ -143,9 +143,9 @@ struct Kernels {
   KvKernels kv[2];          // by KvType
   RecordKernels records[2];  // by KvType
   void (*scan)(const Scan& s);
-  // The places of the `count` largest of n values that are above `floor`, in order; of equals the first. Returns how
-  // many there are. n is a multiple of 64.
-  uint32_t (*pick)(const int8_t* worth, uint32_t n, uint32_t count, int floor, uint32_t* places);
+  // The places of the `count` largest of n values, in order; of equals the first. There are as many
+  // that are not kNever.
+  void (*pick)(const int8_t* worth, uint32_t n, uint32_t count, uint32_t* places);
   // Joins the running state (max, sum, acc) of a later chunk into that of the earlier ones.
   void (*merge)(float* max, float* sum, float* acc, float max2, float sum2, const float* acc2, uint32_t head_dim);
 };

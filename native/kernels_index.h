@@ -95,14 +95,13 @@ void scan(const Scan& s) {
     vf_store_i8(s.worth + t, vf_round(vf_min(vf_max(vf_load(best + t), vf_set1(-127.0f)), vf_set1(127.0f))));
 }
 
-uint32_t pick(const int8_t* worth, uint32_t n, uint32_t count, int floor, uint32_t* places) {
+void pick(const int8_t* worth, uint32_t n, uint32_t count, uint32_t* places) {
+  if (count == 0) return;
   const auto above = [&](int limit) {
     uint32_t found = 0;
     for (uint32_t i = 0; i < n; i += 64) found += uint32_t(std::popcount(above64(worth + i, limit)));
     return found;
   };
-  count = std::min(count, above(floor));
-  if (count == 0) return 0;
   // The largest limit with at least `count` above it; those one above the limit are the last to be taken.
   int limit = kNever;
   for (int bit = 128; bit; bit /= 2)
@@ -114,5 +113,4 @@ uint32_t pick(const int8_t* worth, uint32_t n, uint32_t count, int floor, uint32
       taken |= equal & (~equal + 1);
     for (; taken; taken &= taken - 1) *places++ = i + uint32_t(std::countr_zero(taken));
   }
-  return count;
 }

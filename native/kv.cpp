@@ -66,6 +66,7 @@ KvCache::KvCache(const ModelSpec& spec, uint32_t context, KvType type, const Sel
   if (!tier.slots) return;
   if (!records()) throw EngineError("only sparse attention keeps keys and values on a disk, and of heads that choose what they read");
   tier_ = std::make_unique<Tier>(tier, sections_, selection.budget);
+  states_.emplace(dim_);
 }
 
 void KvCache::check_heads(const ModelSpec& spec) const {
@@ -142,12 +143,12 @@ const KvCache::Class* KvCache::records() const {
 
 size_t KvCache::tier_bytes_at(uint32_t length, uint32_t slots) const {
   const Class* const c = records();
-  return c ? Tier::bytes(sections_, slots, uint32_t(pieces_needed(*c, length))) : 0;
+  return c ? Tier::bytes(sections_, slots, uint32_t(pieces_needed(*c, length))) + LastStates::bytes(dim_) : 0;
 }
 
 size_t KvCache::bytes() const {
   size_t n = conv_buffer_.bytes();
-  if (tier_) n += tier_->bytes();
+  if (tier_) n += tier_->bytes() + LastStates::bytes(dim_);
   for (const Class& c : classes_) {
     n += c.sinks.bytes();
     for (const Buffer& b : c.slabs) n += b.bytes();
@@ -201,24 +202,40 @@ void KvCache::reserve(uint32_t length) {
   if (index_.piece_bytes) grow(index_, length / kIndexTokens);
 }
 
-void KvCache::begin(uint32_t length, bool sparse) {
+void KvCache::begin(uint32_t length, bool sparse, const float* predicted) {
   if (!tier_) return;
   tier_->rewind(pages_at(length_), indexed_ * kBlockPages);  // what a pass left that failed
+  tier_->begin(pages_at(length), sparse, predicted);
+  find_pieces();
+}
+
+void KvCache::enter() {
+  if (tier_ && tier_->enter()) find_pieces();
+}
+
+void KvCache::open_ends() {
+  if (!tier_ || !length_) return;
+  tier_->need_first();
+  find_pieces();
+}
+
+void KvCache::find_pieces() {
   for (Class& c : classes_) {
     if (!tiered(c)) continue;
-    tier_->begin(uint32_t(pieces_needed(c, length)), sparse);
     c.pieces.resize(tier_->store().pages());
-    for (uint32_t page = 0; page < c.pieces.size(); ++page) c.pieces[page] = tier_->resident(page);
+    for (uint32_t page = 0; page < c.pieces.size(); ++page)
+      // During a pass other threads read the places of pages that were there before: those are not written.
+      if (uint8_t* const piece = tier_->resident(page); c.pieces[page] != piece) c.pieces[page] = piece;
   }
 }
 
 void KvCache::end(uint32_t length, bool sparse, uint32_t blocks, const float* worth, uint32_t heads, uint32_t stride) {
   if (tier_) {
+    if (sparse) tier_->enter();  // where no layer was left to wait for it
     tier_->check();
     tier_->end(blocks * kBlockPages, sparse, worth, heads, stride);
   }
   indexed_ = blocks;
-  picked_.reset();
   length_ = length;
   high_ = std::max(high_, length);
 }
@@ -238,9 +255,9 @@ uint32_t KvCache::rewind(uint32_t length) {
   // A step at this length reads what lies behind: a tier must have it in memory.
   const uint32_t blocks = std::min(indexed_, blocks_at(length));
   if (tier_) tier_->rewind(pages_at(length), blocks * kBlockPages);
+  if (states_) states_->rewind(length);
   length_ = length;
   indexed_ = blocks;
-  picked_.reset();
   if (length_ == 0) high_ = 0;
   return length_;
 }
@@ -262,13 +279,6 @@ size_t KvCache::step_bytes_at(uint32_t length) const {
   return n;
 }
 
-size_t KvCache::step_bytes() const {
-  const size_t most = step_bytes_at(length_);
-  const Class* c = records();
-  if (!c || !picked_ || blocks_at(length_) * kIndexTokens <= selection_.sinks + selection_.budget) return most;
-  return most - c->piece_bytes / c->tokens * selection_.budget + *picked_ * record_;
-}
-
 template <class F>
 void KvCache::for_used(const Class& c, uint32_t length, F&& f) const {
   const size_t n = pieces_needed(c, length);
@@ -287,7 +297,9 @@ void KvCache::for_used(const Class& c, uint32_t length, F&& f) const {
 std::string KvCache::save() const {
   std::string out;
   const auto put = [&](const void* p, size_t n) { out.append(static_cast<const char*>(p), n); };
-  const std::string choice = tier_ ? tier_->save(pages_at(length_)) : "";
+  std::string choice = tier_ ? tier_->save(pages_at(length_)) : "";
+  if (const float* state = states_ && length_ ? states_->at(length_ - 1) : nullptr)
+    choice.append(reinterpret_cast<const char*>(state), dim_ * sizeof(float));
   const uint64_t head[] = {magic(type_), length_, high_, indexed_, classes_.size(), page_, conv_buffer_.bytes(), choice.size(), pattern()};
   put(head, sizeof head);
   for (const Class& c : classes_) {
@@ -334,7 +346,6 @@ void KvCache::load(const std::string& state) {
                       std::to_string(context_) + ": open the session with a larger context");
   if (indexed > length / kIndexTokens || (indexed && !index_.piece_bytes)) throw EngineError("the saved session has an index of no use");
   length_ = high_ = indexed_ = 0;
-  picked_.reset();
   if (tier_) tier_->rewind(0, 0);
   if (index_.piece_bytes) grow(index_, high / kIndexTokens);
   for (Class& c : classes_) {
@@ -357,7 +368,16 @@ void KvCache::load(const std::string& state) {
   for (uint32_t block = 0; block < indexed; ++block) get(index_.pieces[block], index_.piece_bytes);
   std::string choices(std::min(choice, state.size() - at), '\0');
   get(choices.data(), choices.size());
-  if (tier_) tier_->restore(choices);
+  if (tier_ && !choices.empty()) {
+    const size_t of_tier = Tier::saved_bytes(tier_->store().pages()), of_state = dim_ * sizeof(float);
+    if (choices.size() == of_tier + of_state) {
+      std::vector<float> state(dim_);
+      std::memcpy(state.data(), choices.data() + of_tier, of_state);
+      states_->put(uint32_t(length) - 1, state.data());
+      choices.resize(of_tier);
+    }
+    tier_->restore(choices);
+  }
   if (conv_) get(conv_, conv_buffer_.bytes());
   if (at != state.size()) throw EngineError("the saved session is longer than it says");
   length_ = uint32_t(length);

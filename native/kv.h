@@ -24,12 +24,12 @@
 #pragma once
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "memory.h"
+#include "retrieval.h"
 #include "spec.h"
 #include "tier.h"
 
@@ -88,12 +88,18 @@ class KvCache {
   // the cache is unchanged then.
   void reserve(uint32_t length);
   // Before a pass up to `length` for which there is room, and after it, when the blocks below `blocks` have an index.
-  // `sparse`: it reads what is chosen. `worth` is what its tokens would give to the tokens of a page, [heads][stride].
+  // `sparse`: it reads what is chosen, in the layers from the one on before which enter() was called also of the pages that
+  // are new in the set of a tier. `predicted` and `worth` are what its tokens will and would give to the tokens of a page,
+  // [pages] or nullptr and [heads][stride].
   // begin() throws EngineError when pages cannot be had, end() when they could not be read; what the cache held before
   // the pass is unchanged then.
-  void begin(uint32_t length, bool sparse);
+  void begin(uint32_t length, bool sparse, const float* predicted = nullptr);
+  void enter();
   void end(uint32_t length, bool sparse, uint32_t blocks, const float* worth, uint32_t heads, uint32_t stride);
   Tier* tier() const { return tier_.get(); }
+  // Makes the records of the first and of the last tokens readable between two passes. Throws EngineError.
+  void open_ends();
+  LastStates& states() { return *states_; }  // of a cache with a tier
   // Keeps positions below `length`; returns the length really kept, 0 when a window or a
   // convolution has already forgotten what lies before. Throws EngineError when a page cannot be read; the
   // cache is unchanged then.
@@ -152,12 +158,9 @@ class KvCache {
     return conv_ + (size_t(layers_[layer].first) * kConvRing + position % kConvRing) * dim_;
   }
 
-  // Bytes of keys and values that the last pass read if it was a step that chose, else those that a step at the present
-  // length reads at most.
-  size_t step_bytes() const;
-  size_t step_bytes_at(uint32_t length) const;  // at most, at `length`
-  // After end(): tokens that the step chose, summed over heads and layers.
-  void set_picked(uint64_t tokens) { picked_ = tokens; }
+  // Bytes of keys and values a decode step reads at the present length, and at `length`.
+  size_t step_bytes() const { return step_bytes_at(length_); }
+  size_t step_bytes_at(uint32_t length) const;
 
   std::string save() const;             // checked by load()
   void load(const std::string& state);  // throws EngineError when it is not this cache's shape
@@ -193,6 +196,7 @@ class KvCache {
   void check_heads(const ModelSpec& spec) const;
   uint64_t pattern() const;      // of the classes, 0 without
   const Class* records() const;  // nullptr when there is none
+  void find_pieces();
   bool tiered(const Class& c) const { return tier_ && c.tokens == kPageTokens; }
   static size_t pieces_of_slab(const Class& c);
   void grow(Class& c, size_t pieces);
@@ -209,11 +213,11 @@ class KvCache {
   uint32_t length_ = 0;
   uint32_t high_ = 0;  // one past the highest position written since the cache was empty
   uint32_t indexed_ = 0;
-  std::optional<uint64_t> picked_;
   std::vector<Class> classes_;
   Class index_;  // of all heads in records, a piece for each block
   std::vector<size_t> sections_;  // bytes of a tier's page by layer in records
   std::unique_ptr<Tier> tier_;
+  std::optional<LastStates> states_;  // with a tier
   std::vector<Layer> layers_;
   std::vector<Place> places_;
   Buffer conv_buffer_;

@@ -24,6 +24,7 @@ struct Decoder::Pass {
   Want want;
   bool sparse;     // a token that reads of records what the index chooses
   uint32_t index;  // blocks that have one in this pass
+  uint32_t entered = 0;  // the layer from which on a step may read pages that are new in the set of a tier
 
   const ModelSpec& s = d.spec_;
   const Kernels& k = d.kernels_;
@@ -159,6 +160,10 @@ struct Decoder::Pass {
 
   void ffn(uint32_t layer);
   void run();
+
+  // What the pages of a tier will be worth to this token, into sc.retrieval_worth (retrieval.h). `state`: the
+  // final state of the token before.
+  void predict(const float* state);
 };
 
 }  // namespace edgert

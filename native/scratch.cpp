@@ -56,10 +56,10 @@ namespace {
 
 // Elements of the lists that passes over a cache need.
 struct Lists {
-  size_t partial, worth, page_worth, page, places;
+  size_t partial, worth, page_worth, page, places, retrieval;
 };
 
-Lists lists(const ModelSpec& spec, const KvCache& cache, uint32_t length) {
+Lists lists(const ModelSpec& spec, const Weights& weights, const KvCache& cache, uint32_t length) {
   size_t parts = (length + kChunkTokens - 1) / kChunkTokens;
   Lists l{};
   if (const uint32_t budget = cache.selection().budget) {
@@ -68,6 +68,7 @@ Lists lists(const ModelSpec& spec, const KvCache& cache, uint32_t length) {
     for (const LayerSpec& layer : spec.layers) kv = std::max(kv, layer.conv || layer.window ? 0 : layer.n_kv_heads);
     l.worth = size_t(kv) * (length / kIndexTokens * kIndexTokens);
     l.page_worth = l.worth / kPageTokens;
+    if (weights.retrieval.rank) l.retrieval = length / kIndexTokens * kBlockPages;
     l.page = kChunkPages * cache.page_bytes();
     l.places = std::min(budget, length);
   }
@@ -77,12 +78,14 @@ Lists lists(const ModelSpec& spec, const KvCache& cache, uint32_t length) {
 
 }  // namespace
 
-void Scratch::reserve(const ModelSpec& spec, const KvCache& cache, uint32_t length) {
-  const Lists l = lists(spec, cache, length);
+void Scratch::reserve(const ModelSpec& spec, const Weights& weights, const KvCache& cache, uint32_t length) {
+  const Lists l = lists(spec, weights, cache, length);
   grow(partial, l.partial);
   grow(worth, l.worth);
   grow(page_weight, l.page_worth);
   grow(page_worth, l.page_worth);
+  grow(retrieval_weight, l.retrieval * weights.retrieval.heads.size());
+  grow(retrieval_worth, l.retrieval);
   worth_stride = length / kIndexTokens * kIndexTokens;
   page_stride = worth_stride / kPageTokens;
   worth_heads = page_stride ? uint32_t(l.page_worth / page_stride) : 0;
@@ -93,9 +96,9 @@ void Scratch::reserve(const ModelSpec& spec, const KvCache& cache, uint32_t leng
   }
 }
 
-size_t Scratch::reserved_bytes(const ModelSpec& spec, const KvCache& cache, uint32_t length, uint32_t threads) {
-  const Lists l = lists(spec, cache, length);
-  return l.partial * sizeof(float) + l.worth + 2 * l.page_worth * sizeof(float) + threads * (2 * l.page + l.places * sizeof(uint32_t));
+size_t Scratch::reserved_bytes(const ModelSpec& spec, const Weights& weights, const KvCache& cache, uint32_t length, uint32_t threads) {
+  const Lists l = lists(spec, weights, cache, length);
+  return (l.partial + l.retrieval * (weights.retrieval.heads.size() + 1)) * sizeof(float) + l.worth + 2 * l.page_worth * sizeof(float) + threads * (2 * l.page + l.places * sizeof(uint32_t));
 }
 
 void Scratch::allocate(const ModelSpec& spec, const Weights& weights) {
@@ -127,6 +130,8 @@ void Scratch::lay_out(Arena& a, const ModelSpec& spec, const Weights& weights) {
   cluster = a.take<float>(padded(flash.clusters));
   unit = a.take<float>(flash.low.rows / FlashHead::kUnit);
   low = a.take<float>(padded(flash.projection.rows));
+  retrieval_low = a.take<float>(padded(weights.retrieval.rank));
+  retrieval_queries = a.take<float>(padded(weights.retrieval.up.rows));
   cos = a.take<float>(rope);
   sin = a.take<float>(rope);
   for (Private& p : threads) {

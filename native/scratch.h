@@ -44,9 +44,9 @@ struct Scratch {
   size_t arena_bytes(const ModelSpec& spec, const Weights& weights);
   size_t list_bytes(const Weights& weights) const;
   // Makes room for passes over `cache` up to `length`.
-  void reserve(const ModelSpec& spec, const KvCache& cache, uint32_t length);
+  void reserve(const ModelSpec& spec, const Weights& weights, const KvCache& cache, uint32_t length);
   // What reserve() takes in all.
-  static size_t reserved_bytes(const ModelSpec& spec, const KvCache& cache, uint32_t length, uint32_t threads);
+  static size_t reserved_bytes(const ModelSpec& spec, const Weights& weights, const KvCache& cache, uint32_t length, uint32_t threads);
 
   struct Likely {
     float logit;
@@ -63,7 +63,6 @@ struct Scratch {
     float *max, *sum;  // [kRowsAtOnce]
     std::vector<uint8_t> keys, values;  // [kChunkPages] pages made of records
     std::vector<uint32_t> places;       // tokens picked for a KV head
-    uint64_t picked = 0;                // tokens read of those, in a pass
     Likely likeliest[kHeadTokens];
     std::vector<uint32_t> chosen;  // clusters or units that the last stage of a FlashHead chose
     std::vector<uint32_t> units;   // units of the head's rows that are looked at
@@ -85,6 +84,8 @@ struct Scratch {
   float* cluster;       // [clusters], padded: scores of a FlashHead's clusters
   float* unit;          // [units] low-rank scores of units
   float* low;           // [rank] low-rank image of the head's input
+  float* retrieval_low;      // [rank] of a retrieval head
+  float* retrieval_queries;  // [heads * group * head_dim] that it predicts
   float *cos, *sin;     // [rope kinds][kMaxChunk][rope_dims / 2]
   std::vector<Private> threads;
 
@@ -103,6 +104,9 @@ struct Scratch {
   // the shares that pages have of such weights, summed over layers; both [KV heads][page_stride].
   std::vector<float> page_weight, page_worth;
   uint32_t page_stride = 0, worth_heads = 0;
+  // The same of a retrieval head: the weight of a page's best token, then its share, [heads][page_stride], and what pages are
+  // worth, [page_stride].
+  std::vector<float> retrieval_weight, retrieval_worth;
 
   // Logits of the whole head in the order of a FlashHead's rows, [kHeadTokens][rows]; grows with use.
   std::vector<float> by_row;
@@ -112,7 +116,7 @@ struct Scratch {
 
   size_t bytes() const {
     size_t n = (partial.capacity() + by_row.capacity() + ids.capacity() + logits.capacity()) * sizeof(float);
-    n += worth.capacity() + (page_weight.capacity() + page_worth.capacity()) * sizeof(float);
+    n += worth.capacity() + (page_weight.capacity() + page_worth.capacity() + retrieval_weight.capacity() + retrieval_worth.capacity()) * sizeof(float);
     for (const Private& p : threads) {
       n += p.taken.capacity() + (p.chosen.capacity() + p.units.capacity()) * sizeof(uint32_t);
       n += p.keys.capacity() + p.values.capacity() + p.places.capacity() * sizeof(uint32_t);

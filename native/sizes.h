@@ -12,7 +12,7 @@ class Sizes {
  public:
   // `lanes`: rows of a tile at the ISA level meant, which need not be one that runs here. Throws what
   // Decoder does.
-  Sizes(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const GgufFile* sidecar, uint32_t lanes);
+  Sizes(const GgufFile& file, const ModelSpec& spec, uint32_t threads, const Sidecars& sidecars, uint32_t lanes);
 
   const Weights& weights() const { return weights_; }  // shapes and sizes, no data
   size_t arena_bytes() const { return arena_bytes_; }  // of the buffer that holds all packed tensors

@@ -9,11 +9,7 @@ namespace {
 constexpr uint32_t kStretch = 128;       // tokens of a part,
 constexpr uint32_t kShortStretch = 32;   // or of one of few
 constexpr uint32_t kLevelTokens = 16;    // first and last tokens that stand for what is always read
-// A token whose weight would be below 2^-13 of what is always read is not worth reading. At 2^-11 what is left out
-// adds up: three times the KL (docs/kernel-log.md).
-constexpr int kFloor = int(-13 * kWorthSteps);
 constexpr uint32_t kMaxGroup = KvCache::kMaxGroup;
-constexpr uint32_t kBlockPages = kIndexTokens / kPageTokens;
 
 // What worth is the logarithm of.
 struct TokenWeights {
@@ -25,6 +21,11 @@ struct TokenWeights {
 const TokenWeights kWeights;
 
 }  // namespace
+
+void page_weights(const int8_t* worth, float* pages) {
+  for (uint32_t p = 0; p < kBlockPages; ++p)
+    pages[p] = kWeights.of[*std::max_element(worth + p * kPageTokens, worth + (p + 1) * kPageTokens) + 128];
+}
 
 SparseCut::SparseCut(const KvCache& cache, uint32_t position) {
   const Selection& choice = cache.selection();
@@ -60,8 +61,7 @@ void SparseStep::attend_part(uint32_t layer, uint32_t head, uint32_t part) {
   } else {
     if (picked != head) pick(head);
     const uint32_t first = (part - cut.always_parts()) * cut.stretch;
-    count = first < taken ? std::min(cut.stretch, taken - first) : 0;
-    me.picked += count;
+    count = std::min(cut.stretch, cut.chosen - first);
     for (uint32_t i = 0; i < count; ++i) records[i] = cache.record(layer, head, me.places[first + i]);
   }
   const float* q[kMaxGroup];
@@ -70,10 +70,7 @@ void SparseStep::attend_part(uint32_t layer, uint32_t head, uint32_t part) {
     q[g] = sc.q + size_t(head * group + g) * hd;
     acc[g] = sc.partial.data() + (size_t(part) * s.n_heads + head * group + g) * (hd + 2);
   }
-  if (count)
-    k.records[size_t(cache.type())].attend({q, records, count, group, hd, me.scores, acc, max, sum});
-  else
-    for (uint32_t g = 0; g < group; ++g) std::fill_n(acc[g], hd, 0.0f), max[g] = -INFINITY, sum[g] = 0;
+  k.records[size_t(cache.type())].attend({q, records, count, group, hd, me.scores, acc, max, sum});
   for (uint32_t g = 0; g < group; ++g) acc[g][hd] = max[g], acc[g][hd + 1] = sum[g];
 }
 
@@ -93,8 +90,7 @@ void SparseStep::measure_level(uint32_t layer, uint32_t head) {
 }
 
 void SparseStep::pick(uint32_t head) {
-  const int8_t* worth = sc.worth.data() + size_t(head) * sc.worth_stride;
-  taken = k.pick(worth, cut.blocks * kIndexTokens, cut.chosen, kFloor, me.places.data());
+  k.pick(sc.worth.data() + size_t(head) * sc.worth_stride, cut.blocks * kIndexTokens, cut.chosen, me.places.data());
   picked = head;
 }
 
@@ -103,10 +99,7 @@ void SparseStep::scan(uint32_t layer, uint32_t head, uint32_t block, int8_t* wor
   const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads;
   const uint8_t* next = cache.index(layer, head, std::min(block + 1, cut.blocks - 1));
   k.scan({cache.index(layer, head, block), next, query, level, group, s.head_dim, worth});
-  if (!cache.tier()) return;
-  float* const pages = sc.page_weight.data() + size_t(head) * sc.page_stride + block * kBlockPages;
-  for (uint32_t p = 0; p < kBlockPages; ++p)
-    pages[p] = kWeights.of[*std::max_element(worth + p * kPageTokens, worth + (p + 1) * kPageTokens) + 128];
+  if (cache.tier()) page_weights(worth, sc.page_weight.data() + size_t(head) * sc.page_stride + block * kBlockPages);
 }
 
 // Adds what a head would give to each page, as a share of what it gives to all of them and to what is always read.

@@ -15,6 +15,8 @@
 
 namespace edgert {
 
+inline constexpr uint32_t kBlockPages = kIndexTokens / kPageTokens;  // of the index
+
 // How one token's attention to records is cut.
 struct SparseCut {
   SparseCut(const KvCache& cache, uint32_t position);
@@ -39,8 +41,7 @@ struct SparseStep {
   Scratch::Private& me;
   SparseCut cut;
   static constexpr uint32_t kNone = 0xffffffff;
-  uint32_t picked = kNone;   // the KV head whose choice is in me.places,
-  uint32_t taken = 0;        // of so many tokens
+  uint32_t picked = kNone;   // the KV head whose choice is in me.places
   uint32_t leveled = kNone;  // and that whose queries and level are in the following
   const float* query[KvCache::kMaxGroup] = {};
   float level[KvCache::kMaxGroup] = {};
@@ -63,6 +64,9 @@ struct SparseStep {
   void measure_level(uint32_t layer, uint32_t head);
   void pick(uint32_t head);
 };
+
+// The weights of the best tokens of a block's pages, [kBlockPages], of what its tokens are worth (kernels.h: Scan).
+void page_weights(const int8_t* worth, float* pages);
 
 // Makes the index of blocks that have become old enough, before a pass that appends n tokens. Called by
 // all threads.

@@ -11,15 +11,13 @@
 namespace edgert {
 namespace {
 
-// Pages that enter the set at a step: their reads should end before the next step does.
+// Pages that enter the set at a step: their reads should end before the layers begin that choose from them.
 constexpr uint32_t kEntering = 8;
 // What a step leaves of a page's worth. The largest of any head instead of the sum over heads, or a mean over steps
 // instead of what is left of the largest, lose more (docs/kernel-log.md).
 constexpr float kFade = 0.9f;
 // Pages without an index: what is always read, a block that is not yet complete, and a pass.
 constexpr uint32_t kTail = 50;
-constexpr char kEnters = 2;              // of a saved set
-constexpr char kStale = 1, kAtOnce = 2;  // its last byte
 
 size_t largest(const std::vector<size_t>& sizes) { return *std::max_element(sizes.begin(), sizes.end()); }
 
@@ -46,15 +44,16 @@ Tier::Tier(const TierShape& shape, const std::vector<size_t>& section_bytes, uin
   for (auto& reads : reads_) reads.reserve(kBufferPages);
 }
 
-void Tier::begin(uint32_t pages, bool sparse) {
+void Tier::begin(uint32_t pages, bool sparse, const float* predicted) {
   if (sparse) {
-    if (stale_) {
-      choose(UINT32_MAX);
-      at_once_ = true;
-    }
-    if (at_once_) enter();
-    for (const uint32_t page : wanted_)
+    choose(stale_ ? UINT32_MAX : kEntering, predicted);
+    for (uint32_t page = 0; page < sealed_; ++page)
       if (readable_[page]) store_.need(page);
+    if (stale_) {
+      for (const uint32_t page : entering_) store_.need(page);
+      enter();
+      stale_ = false;
+    }
   }
   while (store_.pages() < pages) {
     store_.add();
@@ -65,12 +64,16 @@ void Tier::begin(uint32_t pages, bool sparse) {
   for (uint32_t page = 0; page < pages; ++page) all_resident_ &= store_.resident(page) != nullptr;
 }
 
-// Waits for the pages that enter the set.
-void Tier::enter() {
-  for (const uint32_t page : entering_) store_.need(page);
-  for (const uint32_t page : entering_) readable_[page] = 1;
-  entering_.clear();
-  at_once_ = false;
+bool Tier::enter() {
+  if (entering_.empty() || failure_) return false;
+  try {
+    for (const uint32_t page : entering_) store_.need(page);
+    for (const uint32_t page : entering_) readable_[page] = 1;
+    entering_.clear();
+  } catch (...) {
+    failure_ = std::current_exception();
+  }
+  return true;
 }
 
 void Tier::end(uint32_t indexed, bool sparse, const float* worth, uint32_t heads, uint32_t stride) {
@@ -81,8 +84,8 @@ void Tier::end(uint32_t indexed, bool sparse, const float* worth, uint32_t heads
     worth_[page] = std::max(worth_[page] * kFade, sum);
   }
   seal(indexed);
-  choose(sparse ? kEntering : 0);
-  stale_ = !sparse;
+  stale_ |= !sparse;
+  if (!sparse || in_set_ > capacity_) choose(0, nullptr);  // slots for the pages of the next pass
 }
 
 // Pages that get an index enter the set, worth as much as others are on average until a step says more.
@@ -99,11 +102,12 @@ void Tier::seal(uint32_t indexed) {
   }
 }
 
-// The set of the next step but one: the pages worth most. At most `most` enter.
-void Tier::choose(uint32_t most) {
-  stale_ = false;
-  in_set_ -= uint32_t(entering_.size());  // no step has read them
-  const auto better = [&](uint32_t a, uint32_t b) { return worth_[a] != worth_[b] ? worth_[a] > worth_[b] : a > b; };
+// The set of the coming step: the pages worth most. At most `most` enter. Their reads start.
+void Tier::choose(uint32_t most, const float* predicted) {
+  value_.assign(worth_.begin(), worth_.begin() + sealed_);
+  if (predicted)
+    for (uint32_t page = 0; page < sealed_; ++page) value_[page] += predicted[page];
+  const auto better = [&](uint32_t a, uint32_t b) { return value_[a] != value_[b] ? value_[a] > value_[b] : a > b; };
   const auto outside = [&](uint32_t page) { return !readable_[page]; };
   order_.clear();
   for (uint32_t page = 1; page < sealed_; ++page) order_.push_back(page);
@@ -122,14 +126,10 @@ void Tier::choose(uint32_t most) {
   uint32_t entered = 0;
   for (; entered < std::min<size_t>(most, entering_.size()); ++entered, ++in_set_)
     if (in_set_ == capacity_) {
-      if (worst == leaving || worth_[entering_[entered]] <= worth_[*(worst - 1)]) break;
+      if (worst == leaving || value_[entering_[entered]] <= value_[*(worst - 1)]) break;
       leave();
     }
   entering_.resize(entered);
-  want();
-}
-
-void Tier::want() {
   wanted_ = entering_;
   for (uint32_t page = 0; page < sealed_; ++page)
     if (readable_[page]) wanted_.push_back(page);
@@ -137,6 +137,8 @@ void Tier::want() {
 }
 
 void Tier::rewind(uint32_t pages, uint32_t indexed) {
+  in_set_ -= uint32_t(entering_.size());  // of a pass that failed before they were read
+  entering_.clear();
   if (pages >= store_.pages() && indexed >= sealed_) return;
   if (indexed < sealed_) {
     // Of the set only the first page must stay: slots may be short until the last pages are gone.
@@ -157,7 +159,6 @@ void Tier::rewind(uint32_t pages, uint32_t indexed) {
   if (indexed >= sealed_) return;
   sealed_ = indexed;
   std::fill(readable_.begin() + sealed_, readable_.end(), 0);
-  entering_.clear();
   in_set_ = sealed_ ? uint32_t(std::count(readable_.begin() + 1, readable_.begin() + sealed_, 1)) : 0;
 }
 
@@ -201,44 +202,38 @@ void Tier::copy(uint32_t page, uint8_t* dst) {
 }
 
 std::string Tier::save(uint32_t pages) const {
-  std::string out(pages * sizeof(float) + pages + 1, char(stale_ ? kStale : at_once_ ? kAtOnce : 0));
+  std::string out(saved_bytes(pages), char(stale_));
   std::memcpy(out.data(), worth_.data(), pages * sizeof(float));
-  char* const in_set = out.data() + pages * sizeof(float);
-  std::memcpy(in_set, readable_.data(), pages);
-  for (const uint32_t page : entering_) in_set[page] = kEnters;
+  std::memcpy(out.data() + pages * sizeof(float), readable_.data(), pages);
   return out;
 }
 
 uint8_t* Tier::append() {
-  begin(store_.pages() + 1, false);
+  begin(store_.pages() + 1, false, nullptr);
   return store_.resident(store_.pages() - 1);
 }
 
 void Tier::appended(bool indexed) {
   if (!indexed) return;
   seal(store_.pages());
-  choose(0);
+  choose(0, nullptr);
   stale_ = true;
 }
 
 void Tier::restore(const std::string& state) {
-  if (state.empty()) return;
   const size_t pages = store_.pages();
-  if (state.size() != pages * sizeof(float) + pages + 1)
+  if (state.size() != saved_bytes(pages))
     throw EngineError("the saved session says of other pages than its own which were in memory");
   std::memcpy(worth_.data(), state.data(), pages * sizeof(float));
   const char* const in_set = state.data() + pages * sizeof(float);
-  entering_.clear();
   in_set_ = 0;
   for (uint32_t page = 0; page < sealed_; ++page) {
-    readable_[page] = in_set[page] == 1;
-    if (in_set[page] == kEnters) entering_.push_back(page);
+    readable_[page] = in_set[page] != 0;
     in_set_ += page > 0 && in_set[page] != 0;
   }
   // A set of other capacity is chosen anew.
-  at_once_ = state.back() == kAtOnce;
-  stale_ = state.back() == kStale || in_set_ != std::min(capacity_, sealed_ - std::min(sealed_, 1u));
-  want();
+  stale_ = state.back() != 0 || in_set_ != std::min(capacity_, sealed_ - std::min(sealed_, 1u));
+  choose(0, nullptr);
 }
 
 }  // namespace edgert

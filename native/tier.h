@@ -3,8 +3,10 @@
 // One set of pages serves all layers and heads of a step, so that a page is one large read. Inside the set
 // the index chooses for each KV head (sparse.h). What a page is worth is the sum over all heads and
 // layers of the share they would give its best token, as the scan of the index, itself in memory for all pages,
-// says at every step; it fades with time. The set of a step is known a step before: pages that enter are read
-// while a step runs that may not read them yet. So the set depends on the tokens alone, never on the speed of a disk.
+// says at every step; it fades with time. With a retrieval head (retrieval.h) it is also what the queries of the coming
+// step, as predicted, would give. The set is chosen before a step runs. Pages that enter are read while its first
+// layers run, which may not choose from them; the later ones may. So what a layer may read depends on the tokens alone,
+// never on the speed of a disk.
 //
 // Always in memory are the first page and those behind the index. A pass over several tokens reads every page, layer
 // by layer: those that are not in memory go through two buffers.
@@ -41,18 +43,23 @@ class Tier {
   static size_t bytes(const std::vector<size_t>& section_bytes, uint32_t slots, uint32_t pages);
   size_t bytes() const { return bytes(store_.shape().section_bytes, store_.shape().slots, store_.pages()); }
 
-  // Before a pass that ends with `pages` pages; `sparse`: it reads of the set alone. What is resident() stays it
+  // Before a pass that ends with `pages` pages; `sparse`: it reads of the set alone, which is chosen now.
+  // `predicted`: what pages with an index will be worth to the pass, or nullptr. What is resident() stays it
   // until end() or rewind(). Throws EngineError; the pages that were there are unchanged then.
-  void begin(uint32_t pages, bool sparse);
-  // After it, when `indexed` pages have an index. `worth` is what each was to a KV head, [heads][stride]. Throws
-  // EngineError when a page that enters cannot be read; the pass may be run again then.
+  void begin(uint32_t pages, bool sparse, const float* predicted);
+  // Waits for the pages that begin() let enter the set; from now on they are readable(). Returns whether
+  // there were any. From one thread, in a pass. What goes wrong is kept for check().
+  bool enter();
+  // After it, when `indexed` pages have an index. `worth` is what each was to a KV head, [heads][stride].
   void end(uint32_t indexed, bool sparse, const float* worth, uint32_t heads, uint32_t stride);
   // Keeps `pages` pages, of which `indexed` have an index. Throws EngineError, nothing has changed then.
   void rewind(uint32_t pages, uint32_t indexed);
 
+  void need_first() { store_.need(0); }  // the first page, between two passes. Throws EngineError
   uint8_t* resident(uint32_t page) const { return store_.resident(page); }
   bool readable(uint32_t page) const { return readable_[page]; }  // by a step, of those with an index
   bool all_resident() const { return all_resident_; }             // in the present pass
+  bool chooses() const { return sealed_ > capacity_ + 1; }        // not all pages with an index may be in the set
 
   // Starts to read layer `section` of the pages [first, first + count) that are not in memory into buffer
   // `half` (0 or 1), and waits for it. From one thread. What goes wrong is kept for check().
@@ -67,6 +74,7 @@ class Tier {
   // For a saved cache. copy() gives all of a page, wherever it lies; save() the choice among the first `pages`.
   void copy(uint32_t page, uint8_t* dst);
   std::string save(uint32_t pages) const;
+  static size_t saved_bytes(size_t pages) { return pages * (sizeof(float) + 1) + 1; }
   // And back, into an empty one: append() is the place of the next page; appended() says that it is complete, and whether
   // it has an index; restore() takes the choice, or nothing. All of these throw EngineError.
   uint8_t* append();
@@ -78,9 +86,7 @@ class Tier {
 
  private:
   void seal(uint32_t indexed);
-  void choose(uint32_t most);
-  void enter();
-  void want();
+  void choose(uint32_t most, const float* predicted);
 
   const size_t section_bytes_;  // of the largest
   const uint32_t capacity_;     // pages beside the first that the set may have
@@ -90,12 +96,12 @@ class Tier {
   std::optional<PageStore::SectionReads> batches_[2];
   std::exception_ptr failure_;
   std::vector<uint8_t> readable_;  // by page: in the set
-  std::vector<float> worth_;       // by page
+  std::vector<float> worth_;       // by page: the largest vote, faded
+  std::vector<float> value_;       // by page: what the choice goes by
   std::vector<uint32_t> entering_, order_, wanted_;
   uint32_t sealed_ = 0;  // pages with an index
   uint32_t in_set_ = 0;  // pages in the set or about to enter, beside the first
-  bool stale_ = false;    // the set was not chosen after the last pass
-  bool at_once_ = false;  // what enters does so before the next step, not behind it
+  bool stale_ = false;   // the last pass read everything: any number of pages may enter
   bool all_resident_ = true;
 };
 

@@ -22,23 +22,35 @@ std::string shape_text(const std::vector<uint64_t>& dims) {
 // Walks the tensors of the spec twice: first to size the arena, then to fill it.
 class Loader {
  public:
-  Loader(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, uint32_t lanes)
-      : file_(file), spec_(spec), sidecar_(sidecar), lanes_(lanes) {}
+  Loader(const GgufFile& file, const ModelSpec& spec, const Sidecars& sidecars, uint32_t lanes)
+      : file_(file), spec_(spec), sidecar_(sidecars.flash), retrieval_(sidecars.retrieval), lanes_(lanes) {}
 
   Weights measure(size_t& arena_bytes) {
     Arena counts;
     Weights sizes;
-    if (sidecar_) read_clusters(sizes.flash);
+    if (sidecar_) from(sidecar_, kDense, [&] { read_clusters(sizes.flash); });
+    if (retrieval_) from(retrieval_, kNoHead, [&] { read_heads(sizes.retrieval); });
     walk(sizes, counts);
     arena_bytes = counts.used();
     return sizes;
+  }
+
+  // Calls f() with tensors and keys from a sidecar.
+  template <class F>
+  void from(const GgufFile* sidecar, const char* instead, F&& f) {
+    from_ = sidecar;
+    instead_ = instead;
+    f();
+    from_ = &file_;
   }
 
   Weights load(Pool& pool) {
     pool_ = &pool;
     size_t bytes;
     Weights w;
-    w.flash = measure(bytes).flash;
+    Weights sizes = measure(bytes);
+    w.flash = std::move(sizes.flash);
+    w.retrieval = std::move(sizes.retrieval);
     w.arena = Arena(bytes, "the weights");
     walk(w, w.arena);
     return w;
@@ -196,20 +208,16 @@ class Loader {
       w.head = w.embedding;
     else
       matrix("output.weight", spec_.vocab_size, d, w.head, w.head_bytes, head_order);
-    if (sidecar_) {
-      from_ = sidecar_;
-      routers(w.flash);
-      from_ = &file_;
-    }
+    if (sidecar_) from(sidecar_, kDense, [&] { routers(w.flash); });
+    if (retrieval_) from(retrieval_, kNoHead, [&] { queries(w.retrieval); });
   }
 
   [[noreturn]] void refuse(const std::string& key, const std::string& what) const {
-    throw ModelFileError(sidecar_->path(), -1, key,
-                         sidecar_->path() + ": " + key + ": " + what + "; export the sidecar again, or use the dense head (--head dense)");
+    throw ModelFileError(from_->path(), -1, key, from_->path() + ": " + key + ": " + what + "; export the sidecar again, or " + instead_);
   }
 
   const std::vector<int32_t>& integers(const std::string& key) const {
-    const MetaValue* value = sidecar_->get(key);
+    const MetaValue* value = from_->get(key);
     const auto* found = value ? std::get_if<std::vector<int32_t>>(&value->v) : nullptr;
     if (!found) refuse(key, "expected an array of int32, found " + std::string(value ? "something else" : "nothing"));
     return *found;
@@ -224,7 +232,7 @@ class Loader {
   // Which token each row of the head belongs to.
   void read_clusters(FlashHead& f) const {
     const std::string size_key = "edgert.head.cluster_size", key = "edgert.head.tokens";
-    const MetaValue* size = sidecar_->get(size_key);
+    const MetaValue* size = from_->get(size_key);
     const auto* value = size ? std::get_if<uint64_t>(&size->v) : nullptr;
     if (!value || *value == 0 || *value % FlashHead::kUnit != 0 || *value > 4096)
       refuse(size_key, "expected a multiple of 16 up to 4096");
@@ -254,18 +262,55 @@ class Loader {
   // The tensors that score clusters and units.
   void routers(FlashHead& f) {
     f.bytes = 0;
-    const TensorInfo* projection = sidecar_->find("head.projection");
-    if (!projection || sidecar_->find("head.routers")) {
+    const TensorInfo* projection = from_->find("head.projection");
+    if (!projection || from_->find("head.routers")) {
       finite_matrix("head.routers", f.clusters, spec_.dim, f.routers, f.bytes);
-      f.bias = vec("head.bias", f.clusters, f.bytes);
-      for (uint32_t c = 0; f.bias && c < f.clusters; ++c)
-        if (!std::isfinite(f.bias[c])) refuse("head.bias", "expected numbers, found NaN or infinity");
+      f.bias = finite_vector("head.bias", f.clusters, f.bytes);
     }
     if (!projection) return;
     const uint64_t rank = projection->dims.size() == 2 ? projection->dims[1] : 0;
     if (rank == 0 || rank % 32 != 0 || rank > spec_.dim) refuse("head.projection", "expected a rank that is a multiple of 32");
     finite_matrix("head.projection", uint32_t(rank), spec_.dim, f.projection, f.bytes);
     finite_matrix("head.rows", uint32_t(f.token.size()), uint32_t(rank), f.low, f.bytes);
+  }
+
+  // The attention heads whose queries a retrieval head predicts.
+  void read_heads(RetrievalHead& r) const {
+    const std::string layer_key = "edgert.retrieval.layers", head_key = "edgert.retrieval.heads";
+    const std::vector<int32_t>&layers = integers(layer_key), &heads = integers(head_key);
+    if (heads.empty() || layers.size() != heads.size()) refuse(head_key, "expected a head for each of the layers, and one at least");
+    for (size_t i = 0; i < heads.size(); ++i) {
+      const int32_t layer = layers[i], head = heads[i];
+      if (layer < 0 || size_t(layer) >= spec_.layers.size() || spec_.layers[size_t(layer)].conv || spec_.layers[size_t(layer)].window)
+        refuse(layer_key, "layer " + std::to_string(layer) + " is none that sees everything");
+      const LayerSpec& l = spec_.layers[size_t(layer)];
+      if (head < 0 || uint32_t(head) >= l.n_kv_heads || l.n_kv_heads != spec_.layers[size_t(layers[0])].n_kv_heads)
+        refuse(head_key, "layer " + std::to_string(layer) + " has no such head of keys as " + std::to_string(head));
+      r.heads.push_back({uint32_t(layer), uint32_t(head), 0});
+    }
+    const TensorInfo* down = from_->find("retrieval.down");
+    const uint64_t rank = down && down->dims.size() == 2 ? down->dims[1] : 0;
+    if (rank == 0 || rank % 32 != 0 || rank > 2 * spec_.dim) refuse("retrieval.down", "expected a rank that is a multiple of 32");
+    r.rank = uint32_t(rank);
+  }
+
+  void queries(RetrievalHead& r) {
+    r.bytes = 0;
+    const uint32_t n = uint32_t(r.heads.size());
+    const uint32_t rows = n * (spec_.n_heads / spec_.layers[r.heads[0].layer].n_kv_heads) * spec_.head_dim;
+    finite_matrix("retrieval.down", r.rank, 2 * spec_.dim, r.down, r.bytes);
+    finite_matrix("retrieval.up", rows, r.rank, r.up, r.bytes);
+    for (const PackedMatrix* m : {&r.down, &r.up})
+      if (!find_format(m->type)) refuse(m == &r.down ? "retrieval.down" : "retrieval.up", "expected quantised numbers");
+    r.bias = finite_vector("retrieval.bias", rows, r.bytes);
+    const float* const worth = finite_vector("retrieval.worth", n, r.bytes);
+    for (uint32_t i = 0; worth && i < n; ++i) r.heads[i].worth = worth[i];
+  }
+
+  const float* finite_vector(const std::string& name, uint32_t n, size_t& bytes) {
+    const float* const x = vec(name, n, bytes);
+    if (x && !std::all_of(x, x + n, [](float v) { return std::isfinite(v); })) refuse(name, "expected numbers, found NaN or infinity");
+    return x;
   }
 
   void finite_matrix(const std::string& name, uint32_t rows, uint32_t cols, PackedMatrix& out, size_t& bytes) {
@@ -290,7 +335,11 @@ class Loader {
   const GgufFile& file_;
   const ModelSpec& spec_;
   const GgufFile* sidecar_;
+  const GgufFile* retrieval_;
   const GgufFile* from_ = &file_;  // where tensors are looked for
+  static constexpr const char* kDense = "use the dense head (--head dense)";
+  static constexpr const char* kNoHead = "remove it";
+  const char* instead_ = "";  // what to do without it
   uint32_t lanes_;
   Pool* pool_ = nullptr;
   Arena* arena_ = nullptr;
@@ -298,14 +347,14 @@ class Loader {
 
 }  // namespace
 
-Weights load_weights(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, const Kernels& kernels,
+Weights load_weights(const GgufFile& file, const ModelSpec& spec, const Sidecars& sidecars, const Kernels& kernels,
                      Pool& pool) {
-  return Loader(file, spec, sidecar, kernels.lanes).load(pool);
+  return Loader(file, spec, sidecars, kernels.lanes).load(pool);
 }
 
-Weights plan_weights(const GgufFile& file, const ModelSpec& spec, const GgufFile* sidecar, uint32_t lanes,
+Weights plan_weights(const GgufFile& file, const ModelSpec& spec, const Sidecars& sidecars, uint32_t lanes,
                      size_t& arena_bytes) {
-  return Loader(file, spec, sidecar, lanes).measure(arena_bytes);
+  return Loader(file, spec, sidecars, lanes).measure(arena_bytes);
 }
 
 }  // namespace edgert

@@ -1,5 +1,5 @@
-"""`edgert heads`: its traces against whole runs, its probes on attention whose heads are known, pattern files,
-the sidecar it shares with a FlashHead, and what a run makes of the classes."""
+"""`edgert heads`: its traces against whole runs, its probes on attention whose heads are known, pattern
+files, the sidecar it shares with a FlashHead, and what a run makes of the classes."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_needles_are_what_their_sources_say() -> None:
     assert made.right(told) == 6
     told[made.predicting[0]] = 0.0
     assert made.right(told) == 5
-    # An induction head finds the second and later tokens of an answer: the token before is that of the source.
+    # An induction head finds the second token of an answer and those behind it.
     decoder = HandMade(1000)
     _, scores = read_needles(decoder, made)  # type: ignore[arg-type]
     assert scores[0, 0] > max(scores[0, 1], scores[0, 2]) == 0
@@ -236,8 +236,9 @@ def test_classes_join_a_flash_head_and_survive_its_export(base: Path, pattern: P
     assert both.recipe == "clusters"
     assert {t.name for t in both.file.tensors} == {t.name for t in again_tensors}
     assert both.heads(tiny("llama").spec) == HeadClasses(512, CLASSES)
-    with edgert.load(base, attention="sparse", budget=8) as model:
+    with edgert.load(base, attention="sparse", budget=8, heads="sidecar") as model:
         assert model.head == "flash"
+        assert model.engine.describe()["heads"]["streaming"] == 3
         assert model.generate([1, 2, 3], max_tokens=4).tokens
 
 
@@ -253,17 +254,15 @@ def test_the_option_says_whose_classes(base: Path, pattern: Path) -> None:
     spec = tiny("llama").spec
     with pytest.raises(UsageError, match="no classes of heads in a sidecar"):
         choose_heads("sidecar", base, spec, "sparse")
-    assert choose_heads("auto", base, spec, "sparse") == ALL_INDEXED
     assert choose_heads(pattern, base, spec, "sparse").classes == CLASSES
     assert command("heads", str(base), "--pattern", str(pattern)).returncode == 0
-    for option in ("auto", "sidecar"):
-        assert choose_heads(option, base, spec, "sparse").classes == CLASSES
+    assert choose_heads("sidecar", base, spec, "sparse").classes == CLASSES
     assert choose_heads("none", base, spec, "sparse") == ALL_INDEXED
     for attention in ("full", "exact"):
-        assert choose_heads("auto", base, spec, attention) == ALL_INDEXED
+        assert choose_heads("none", base, spec, attention) == ALL_INDEXED
         with pytest.raises(UsageError, match="every head keeps every token"):
             edgert.load(base, attention=attention, heads="sidecar")
-    for words, expected in (([], {"indexed": 2, "full": 1, "streaming": 3}), (["--heads", "none"], None)):
+    for words, expected in (([], None), (["--heads", "sidecar"], {"indexed": 2, "full": 1, "streaming": 3})):
         done = command(
             "run", str(base), "hello", "--attention", "sparse", "--max-tokens", "2", "--json", *words
         )
@@ -286,8 +285,8 @@ def test_damaged_classes_are_named(base: Path) -> None:
             {**metadata, "edgert.heads.window": window, "edgert.heads.classes": flat},
         )
         with pytest.raises(ModelFileError, match=message):
-            edgert.load(base, attention="sparse")
-        edgert.load(base, attention="sparse", heads="none").close()
+            edgert.load(base, attention="sparse", heads="sidecar")
+        edgert.load(base, attention="sparse").close()
 
 
 def test_a_share_of_a_pattern_streams(base: Path, pattern: Path) -> None:

@@ -133,8 +133,6 @@ def test_steps_read_the_budget_and_the_index() -> None:
     read = LENGTH - indexed + 16 + BUDGET
     assert cache.step_bytes == heads * (record * read + index * indexed // 256)
     assert full.step_bytes == heads * record * LENGTH
-    model.forward(cache, tokens[:1])  # attention of a random model is flat: nothing is below the floor
-    assert cache.step_bytes == heads * (record * (read + 1) + index * indexed // 256)
 
 
 def test_saved_sessions_are_of_one_kind_of_attention(tmp_path: Path) -> None:
@@ -216,10 +214,6 @@ def test_the_index_finds_what_matters_in_a_real_model() -> None:
         cache = _native.Cache(core, 4096, "f16", budget)
         core.forward(cache, ids[:2500])
         results[budget] = steps(core, cache, ids[2500:])
-        read = cache.step_bytes
-        if budget:  # of which a part is not worth reading
-            assert cache.rewind(len(ids) - 1) == len(ids) - 1
-            assert 0.5 < read / cache.step_bytes < 0.99
     recent = _native.Cache(core, 4096, "f16")
     core.forward(recent, np.concatenate([ids[:16], ids[2500 - 640 : 2500]]))
     latest = steps(core, recent, ids[2500:])

@@ -126,10 +126,10 @@ def add_attention(parser: argparse._ActionsContainer) -> None:
 def add_heads(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--heads",
-        default="auto",
+        default="none",
         metavar="FILE",
-        help="what each KV head keeps under sparse attention: auto (default) as the sidecar says if it does, "
-        "sidecar, none, or a pattern file (.tsv)",
+        help="what each KV head keeps under sparse attention: none (default): all choose what they read; "
+        "sidecar: as `edgert heads` found; or a pattern file (.tsv)",
     )
 
 

@@ -57,21 +57,22 @@ def engine_for(
     chosen: int = 0,
     tier: Tier = IN_MEMORY,
     heads: HeadClasses = ALL_INDEXED,
+    retrieval: Sidecar | None = None,
 ) -> Engine:
     """Load an open file, whose ``metadata`` the caller has at hand, into an engine.
 
     "auto" is native for what native knows, else llamacpp if it is installed. ``context`` is the
     longest session that will be asked for (None: what the model was made for). ``sidecar`` and
     ``probes`` (0: the sidecar's own number), ``chosen`` (past tokens that a step chooses; 0: it reads all),
-    ``tier`` (where keys and values lie) and ``heads`` (what KV heads keep) are for native alone. Raises
-    UsageError, UnsupportedModelError, ModelFileError or EngineError.
+    ``tier`` (where keys and values lie), ``heads`` (what KV heads keep) and ``retrieval`` (what chooses
+    pages) are for native alone. Raises UsageError, UnsupportedModelError, ModelFileError or EngineError.
     """
     check_options(engine, threads, kv)
     threads = threads or detect_threads()
     if engine == "llamacpp":
         return _open_llamacpp(file.path, threads, context, kv)
     try:
-        return _open_native(file, metadata, threads, sidecar, probes, kv, chosen, tier, heads)
+        return _open_native(file, metadata, threads, sidecar, probes, kv, chosen, tier, heads, retrieval)
     except UnsupportedModelError as error:
         what = f"{file.path}: the native engine cannot run this model: {error}"
         if chosen:
@@ -104,10 +105,12 @@ def _open_native(
     chosen: int,
     tier: Tier,
     heads: HeadClasses,
+    retrieval: Sidecar | None,
 ) -> Engine:
     from .native import NativeEngine
 
-    return NativeEngine(file, native_spec(file, metadata), threads, sidecar, probes, kv, chosen, tier, heads)
+    spec = native_spec(file, metadata)
+    return NativeEngine(file, spec, threads, sidecar, probes, kv, chosen, tier, heads, retrieval)
 
 
 def native_spec(file: _native.GgufFile, metadata: Mapping[str, Any]) -> ModelSpec:

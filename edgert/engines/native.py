@@ -61,7 +61,7 @@ class NativeSession:
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of keys, values and index that the last step read; before one, the most that one reads."""
+        """Bytes of keys and values the next step reads."""
         return self._cache.step_bytes
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
@@ -118,8 +118,9 @@ class NativeEngine:
     ``threads`` 0 means one for each CPU this process may use; ``probes`` 0 the sidecar's own number of
     clusters; ``kv`` is the type of the cached keys and values; ``chosen`` the past tokens that a step
     chooses for each KV head (0: it reads all); ``tier`` the pages of keys and values that a session has in
-    memory (0: all) and the directory of the others; ``heads`` what each KV head keeps and reads. Raises
-    UsageError, ModelFileError, UnsupportedModelError or EngineError.
+    memory (0: all) and the directory of the others; ``heads`` what each KV head keeps and reads;
+    ``retrieval`` what chooses pages beside past votes. Raises UsageError, ModelFileError,
+    UnsupportedModelError or EngineError.
     """
 
     name = "native"
@@ -135,12 +136,21 @@ class NativeEngine:
         chosen: int = 0,
         tier: Tier = IN_MEMORY,
         heads: HeadClasses = ALL_INDEXED,
+        retrieval: Sidecar | None = None,
     ) -> None:
         check_kv(spec, kv)
         self.tier, self.heads = tier, heads
         self.spec, self.sidecar, self.kv, self.chosen = spec, sidecar, kv, chosen
         self.probes, self.keep = sidecar.budget(probes) if sidecar else (0, 0)
-        self._model = _native.Model(file, spec.as_dict(), threads, sidecar.file if sidecar else None)
+        # With all keys and values in memory the true queries choose among all: nothing is to be predicted.
+        self.retrieval = retrieval if tier.slots else None
+        self._model = _native.Model(
+            file,
+            spec.as_dict(),
+            threads,
+            sidecar.file if sidecar else None,
+            self.retrieval.file if self.retrieval else None,
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -174,6 +184,7 @@ class NativeEngine:
             described["heads"] = {name: self.heads.count(kind) for kind, name in enumerate(NAMES)}
         if self.tier.slots:
             described["pages_in_memory"], described["page_directory"] = self.tier[:2]
+            described["pages_chosen_by"] = "retrieval head" if self.retrieval else "votes"
         if self.sidecar:
             described["flash_bytes_per_step"] = model.step_body_bytes + model.flash_bytes(
                 self.probes, self.keep

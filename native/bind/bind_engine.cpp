@@ -168,6 +168,7 @@ Bytes weight_parts(const Weights& w) {
   m["embedding"] = w.embedding_bytes;
   m["head"] = w.head_bytes;
   m["flash_head"] = w.flash.bytes + w.flash.table_bytes();
+  m["retrieval_head"] = w.retrieval.bytes;
   return m;
 }
 
@@ -210,12 +211,13 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Decoder* self, const GgufFile& file, nb::typed<nb::dict, nb::str, nb::any> spec, uint32_t threads,
-             const GgufFile* sidecar) {
+             const GgufFile* sidecar, const GgufFile* retrieval) {
             const ModelSpec s = to_spec(spec);
             nb::gil_scoped_release release;
-            new (self) Decoder(file, s, threads, sidecar);
+            new (self) Decoder(file, s, threads, {sidecar, retrieval});
           },
-          nb::arg("file"), nb::arg("spec"), nb::arg("threads") = 0, nb::arg("sidecar").none() = nb::none())
+          nb::arg("file"), nb::arg("spec"), nb::arg("threads") = 0, nb::arg("sidecar").none() = nb::none(),
+          nb::arg("retrieval").none() = nb::none(), "`sidecar`: the file of a FlashHead; `retrieval`: that of a retrieval head.")
       .def_prop_ro("threads", &Decoder::threads)
       .def_prop_ro("isa", [](const Decoder& d) { return isa_name(d.isa()); })
       .def_prop_ro("vocab_size", [](const Decoder& d) { return d.spec().vocab_size; })
@@ -244,6 +246,17 @@ void bind_engine(nb::module_& m) {
            "The likeliest token of rows of hidden(), [n]: the arg max of dense(), the lowest id of equals.")
       .def("flash", &flash, nb::arg("hidden").noconvert(), nb::arg("probes"), nb::arg("keep"), nb::arg("more"),
            "(ids, logits) of one row of hidden(), [dim], by a FlashHead; see Decoder::flash.")
+      .def(
+          "page_worth",
+          [](Decoder& d, KvCache& cache, int32_t token) {
+            const std::vector<float> worth = d.page_worth(cache, token);
+            auto out = std::make_unique<float[]>(worth.size());
+            std::copy(worth.begin(), worth.end(), out.get());
+            return to_array(std::move(out), {worth.size()});
+          },
+          nb::arg("cache"), nb::arg("token"),
+          "What a retrieval head says the pages with an index will be worth to a step with `token`, [pages];\n"
+          "empty where it says nothing.")
       .def("among", &among, nb::arg("hidden").noconvert(), nb::arg("ids"),
            "(ids, logits) of the tokens `ids` alone, in no order: the bits of dense().");
 
@@ -251,10 +264,11 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](Sizes* self, const GgufFile& file, nb::typed<nb::dict, nb::str, nb::any> spec, uint32_t threads,
-             const GgufFile* sidecar, uint32_t lanes) {
-            new (self) Sizes(file, to_spec(spec), threads, sidecar, lanes ? lanes : kernels_for(isa_select()).lanes);
+             const GgufFile* sidecar, uint32_t lanes, const GgufFile* retrieval) {
+            new (self) Sizes(file, to_spec(spec), threads, {sidecar, retrieval}, lanes ? lanes : kernels_for(isa_select()).lanes);
           },
           nb::arg("file"), nb::arg("spec"), nb::arg("threads"), nb::arg("sidecar").none() = nb::none(), nb::arg("lanes") = 0,
+          nb::arg("retrieval").none() = nb::none(),
           "`lanes`: floats of a vector at the ISA level meant, 8 or 16; 0: the one that would run here.")
       .def("weights", [](const Sizes& s) { return weight_parts(s.weights()); }, "Bytes of packed weights by part.")
       .def_prop_ro("arena_bytes", &Sizes::arena_bytes, "Bytes of the buffer that holds them all.")
@@ -334,6 +348,12 @@ void bind_engine(nb::module_& m) {
         return m;
       }, "Of the pages: how many there are, how many fit into memory and into the set of a step;\n"
          "what was read, written and waited for; whether the directory lies in memory. None without a tier.")
+      .def_prop_ro("page_set", [](const KvCache& c) {
+        std::vector<uint32_t> pages;
+        for (uint32_t page = 0; c.tier() && page < c.tier()->store().pages(); ++page)
+          if (c.readable(page)) pages.push_back(page);
+        return pages;
+      }, "The pages with an index that the last step of a tier could choose from.")
       .def_prop_ro("length", &KvCache::length)
       .def_prop_ro("context", &KvCache::context)
       .def_prop_ro("nbytes", &KvCache::bytes)

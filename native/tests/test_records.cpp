@@ -146,16 +146,14 @@ void test_pick(const Kernels& k) {
     std::vector<int8_t> worth(n);
     const int spread = 1 + int(rng() % 255);
     for (int8_t& w : worth) w = int8_t(std::max(-128, 127 - int(rng() % uint32_t(spread))));
-    const int floor = round % 3 == 0 ? kNever : 127 - int(rng() % 255);
-    const uint32_t usable = uint32_t(std::count_if(worth.begin(), worth.end(), [&](int w) { return w > floor; }));
-    const uint32_t asked = round % 7 == 0 ? n : rng() % (n + 1), count = std::min(asked, usable);
+    const uint32_t usable = uint32_t(n - std::count(worth.begin(), worth.end(), kNever));
+    const uint32_t count = round % 7 == 0 ? usable : rng() % (usable + 1);
     std::vector<uint32_t> order(n), found(count, 0xffffffff);
     std::iota(order.begin(), order.end(), 0u);
     std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return worth[a] > worth[b]; });
     order.resize(count);
     std::sort(order.begin(), order.end());
-    const uint32_t taken = k.pick(worth.data(), n, asked, floor, found.data());
-    if (taken != count) fail("tokens picked of " + std::to_string(n), round, count, taken);
+    k.pick(worth.data(), n, count, found.data());
     same("the best of " + std::to_string(n), order, found);
   }
 }
