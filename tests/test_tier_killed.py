@@ -29,10 +29,10 @@ def test_a_killed_process_leaves_nothing_and_the_next_goes_on() -> None:
 @pytest.mark.timeout(3600)
 def test_fifty_killed_processes_of_a_real_model() -> None:
     path = real_model("smollm2-135m")
-    prompt = [i * i % 40000 for i in range(3000)]
+    prompt = [i * i % 40000 for i in range(2200)]
     with on_disk() as here:
         memory = least_memory(path, 4096, 256)
-        job = Job(path, memory, 4096, 256, prompt, here / "pages", here / "session", tokens=96, each=8)
+        job = Job(path, memory, 4096, 256, prompt, here / "pages", here / "session", tokens=64, each=8)
         kill_often(job, rounds=50)
 
 
