@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", default="full", metavar="NAME,…", help="full, sparse, exact; default: full"
     )
     parser.add_argument(
+        "--heads",
+        default="none",
+        metavar="NAME,…",
+        help="with sparse attention, which heads stream: sidecar, FILE.tsv or none; default: none",
+    )
+    parser.add_argument(
         "--peer",
         action="append",
         metavar="NAME,…",

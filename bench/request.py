@@ -74,14 +74,18 @@ def make_request(args: argparse.Namespace, model: Path) -> Request:
     kvs = [known("--kv", kv, KV_TYPES) for kv in words("--kv", args.kv)]
     heads = _heads(args.head, model)
     attentions = [known("--attention", a, ATTENTIONS) for a in words("--attention", args.attention)]
+    classes = words("--heads", args.heads)
+    if args.heads != "none" and "sparse" not in attentions:
+        raise UsageError("--heads is of sparse attention: add --attention sparse")
     peers = [peer for word in args.peer or () for peer in words("--peer", word)]
     file = _native.GgufFile(str(model))
     _check_context(file, tests)
     reference = Setting("edgert", str(model), "dense", kvs[0], variant=head_type(file))
     settings = [
-        Setting("edgert", str(model), head, kv, attention, reference.variant if head == "dense" else "")
+        Setting("edgert", str(model), head, kv, attention, some, reference.variant if head == "dense" else "")
         for kv in kvs
         for attention in attentions
+        for some in (classes if attention == "sparse" else ["none"])
         for head in heads
     ]
     settings += [setting for peer in peers for setting in _peer(peer, model)]

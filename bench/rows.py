@@ -49,6 +49,7 @@ def make_row(
         "variant": setting.variant,
         "kv": setting.kv,
         "attention": setting.attention,
+        "heads": setting.heads,
         "threads": facts.threads,
         "n_prompt": test.prompt,
         "n_gen": test.generate,

@@ -92,6 +92,7 @@ class Native(Stepper):
         head: str = "dense",
         kv: str = "f16",
         attention: str = "full",
+        heads: str = "none",
     ) -> None:
         self.label = "edgert"
         # With the tokenizer, so that the memory of the process is that of a program that answers.
@@ -103,6 +104,7 @@ class Native(Stepper):
             kv=kv,
             head=head,
             attention=attention,
+            heads=heads,
         )
         self.engine = cast(NativeEngine, self._model.engine)
         self.session = self.engine.session(context)

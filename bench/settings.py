@@ -48,6 +48,7 @@ class Setting:
     head: str = "dense"
     kv: str = "f16"
     attention: str = "full"
+    heads: str = "none"  # which KV heads stream with sparse attention (edgert/head_classes.py)
     variant: str = ""
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -57,7 +58,8 @@ class Setting:
         head = self.head if self.engine == "edgert" else ""
         kv = f"kv {self.kv}" if self.kv != "f16" else ""
         attention = f"{self.attention} attention" if self.attention != "full" else ""
-        return " ".join(part for part in (name, head, self.variant, kv, attention) if part)
+        classes = "streaming heads" if self.heads != "none" else ""
+        return " ".join(part for part in (name, head, self.variant, kv, attention, classes) if part)
 
     @property
     def exact(self) -> bool:

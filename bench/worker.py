@@ -29,7 +29,8 @@ def make_runner(job: Job) -> Runner:
     setting, context = job.setting, job.test.positions + 1
     path = Path(setting.source)
     if setting.engine == "edgert":
-        return Native(path, job.threads, context, setting.head, setting.kv, setting.attention)
+        s = setting
+        return Native(path, job.threads, context, s.head, s.kv, s.attention, s.heads)
     if setting.engine == "transformers":
         return Transformers(path, job.threads)
     if setting.engine == "onnxruntime-genai":
