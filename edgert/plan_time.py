@@ -27,6 +27,7 @@ SCAN, CHOICE = 0.2, 40e-6
 BLOCK = 0.7
 # Pages that enter the set of a step, times the share of them that lies on the disk, and the most that do.
 ENTERING, MOST_ENTERING = 10.0, 8
+BEHIND = 1 / 3  # of the layers, while which they are read
 PAGE = 16  # tokens
 # Seconds that a byte from the disk costs the threads that compute, to which its checksum belongs.
 FROM_DISK = 0.2e-9
@@ -66,7 +67,7 @@ def decode_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:
         seconds = math.hypot(_reading(flash, rates), flash / (rates.threads * SCATTERED))
         steps.append(Step("head", seconds, flash, "memory"))
     steps.append(Step("fixed", fixed, 0, "fixed"))
-    steps += _disk(case, rates, length, sum(step.seconds for step in steps))
+    steps += _disk(case, rates, length, BEHIND * (body.seconds + attention.seconds))
     if "exact" in (case.head, case.attention):
         steps = _exact(case, rates, steps, length)
     return tuple(steps)
@@ -86,7 +87,7 @@ def _choosing(case: Case, rates: Rates, length: int) -> float:
 
 
 def _disk(case: Case, rates: Rates, length: int, behind: float) -> list[Step]:
-    """Pages that enter the set of a step. They are read while another step runs, ``behind`` seconds long."""
+    """Pages that enter the set of a step. They are read while its first layers run, ``behind`` seconds."""
     pages = -(-length // PAGE)
     if not case.slots or pages <= case.slots:
         return []
