@@ -102,7 +102,9 @@ def until_it_fails(stream: Stream) -> tuple[tuple[int, ...], str]:
             pass
     reply = stream.reply
     assert reply.finish_reason == "cancelled"
-    assert reply.text == stream._session.model.tokenizer.decode(list(reply.tokens))
+    # Bytes of a character that is not complete yet are held back.
+    whole = stream._session.model.tokenizer.decode(list(reply.tokens))
+    assert reply.text.rstrip("\ufffd") == whole.rstrip("\ufffd")
     return reply.tokens, str(caught.value)
 
 
