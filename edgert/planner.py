@@ -20,6 +20,7 @@ from . import _native
 from .errors import PlanError, UsageError
 from .head_classes import ALL_INDEXED, INDEXED, NAMES, SINKS, HeadClasses, choose_heads
 from .locate import model_path
+from .memory_left import PYTHON_BYTES, memory_left
 from .placement import check_memory, longest, longest_placed, place, regimes
 
 if TYPE_CHECKING:
@@ -29,10 +30,8 @@ if TYPE_CHECKING:
     from .rates import Rates
     from .sidecar import Sidecar
 
-# Resident bytes of a process that has imported edgert with what a generation needs, CPython 3.11, x86-64
-# Linux; and of the tokenizers library with the chat template's. tests/test_plan.py holds them to the
-# measured peaks.
-PYTHON_BYTES = 34_000_000
+# Resident bytes of the tokenizers library with the chat template's. tests/test_plan.py holds this and
+# PYTHON_BYTES to the measured peaks.
 TOKENIZER_BYTES = 8_000_000
 # Bytes for each string and each number of the file's metadata, in the core and as Python values, and for
 # each piece and merge in a tokenizer.
@@ -43,7 +42,6 @@ SPM_BYTES = 75
 # Share of the metadata's bytes that is given back once a model is loaded.
 FREED_METADATA = 0.3
 LONG_ARRAY = 4096  # elements; what describes layers is shorter
-THREAD_HEAP = 64 << 20  # addresses that glibc reserves for what a thread allocates
 READ_AHEAD = 1 << 18  # bytes of the file that each thread holds while it packs weights
 LARGEST_CONTEXT = 2**20  # of one that is asked for, whatever the model was made for
 LEAST_CONTEXT = 256  # a load that may choose its context is refused below this
@@ -183,7 +181,7 @@ def plan(
     elif platform is not None:
         available, limit = rates.usable_memory, f"{rates.name}"
     else:
-        available, limit = process_memory(rates.threads)
+        available, limit = memory_left(rates.threads)
     return case.plan(context, rates, available, limit, to_disk=memory is not None)
 
 
@@ -448,7 +446,7 @@ def check_context(context: int | None, trained: int) -> None:
         return
     most = max(trained, LARGEST_CONTEXT)
     if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= most:
-        raise UsageError(f"context must be 2 to {trained}, which the model was made for, not {context!r}")
+        raise UsageError(f"context must be 2 to {most} (the model was made for {trained}), not {context!r}")
     if context > trained:
         warnings.warn(
             f"a context of {context} tokens was asked for and the model was made for {trained}: what it says "
@@ -462,7 +460,7 @@ def choose_context(case: Case, context: int | None, memory: int | None = None) -
     most what the model was made for; and the pages of keys and values that lie in memory, 0 for all. Only
     with a limit of ``memory`` bytes do others go to the disk. Raises PlanError, with what to change, when
     that does not fit."""
-    available, limit = process_memory(case.threads)
+    available, limit = memory_left(case.threads)
     asked = context or case.trained_context
     if memory is not None:
         if memory < available:
@@ -492,46 +490,3 @@ def refusal(case: Case, context: int, available: int, limit: str) -> PlanError:
         available,
         remedies,
     )
-
-
-def process_memory(threads: int) -> tuple[int, str]:
-    """Bytes there are for a process like this one, with what its Python holds already, and what sets that
-    limit."""
-    from .platforms.detect import detect_limits, detect_memory
-
-    found = [(detect_memory().available, "the free memory of this machine")]
-    limits = detect_limits()
-    if limits.memory_left is not None:
-        found.append((limits.memory_left, "the memory limit of its cgroup"))
-    address = _address_space_left(threads)
-    if address is not None:
-        found.append((address, "its address-space limit (ulimit -v)"))
-    left, limit = min(found)
-    return left + min(resident_bytes(), PYTHON_BYTES), limit
-
-
-def resident_bytes() -> int:
-    """Bytes of memory this process holds now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        import psutil
-
-        return int(psutil.Process().memory_info().rss)
-
-
-def _address_space_left(threads: int) -> int | None:
-    """Without the stacks and heaps of the threads, which take addresses and hardly any memory."""
-    try:
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit == resource.RLIM_INFINITY:
-            return None
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except (ImportError, OSError, ValueError, IndexError):
-        return None
-    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    if not 0 < stack < 1 << 30:
-        stack = 8 << 20
-    return max(limit - used - (threads + 1) * (stack + THREAD_HEAP), 0)

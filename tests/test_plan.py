@@ -119,9 +119,9 @@ def test_the_peak_is_what_the_plan_says(name: str, context: int, kv: str) -> Non
 ADDRESS_LIMIT = """
 import resource
 import edgert.model, edgert.sampling, edgert.tokenizer, tokenizers, jinja2
-from edgert import planner
+from edgert import memory_left
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-room = {room} - min(planner.resident_bytes(), planner.PYTHON_BYTES) + 3 * ((8 << 20) + planner.THREAD_HEAP)
+room = {room} - min(memory_left.resident_bytes(), memory_left.PYTHON_BYTES) + 3 * ((8 << 20) + memory_left.THREAD_HEAP)
 resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, 8 << 20))
 resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
 """
@@ -182,7 +182,7 @@ def test_under_a_cgroup_limit_a_run_finishes_or_is_refused(share: float, tmp_pat
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
-    monkeypatch.setattr(planner, "process_memory", lambda threads: (available, "the limit of this test"))
+    monkeypatch.setattr(planner, "memory_left", lambda threads: (available, "the limit of this test"))
 
 
 def test_a_context_that_does_not_fit_is_refused_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
