@@ -50,7 +50,7 @@ def load(
     ``engine``: "native", "llamacpp", or "auto", which is native for what native knows.
     ``threads``: 0 takes as many as the machine has cores. ``context``: positions a session may
     hold; None is what the model was made for, or what memory allows when that is less (it is only
-    taken as a session grows); more than it was made for must be asked for, and is warned of.
+    taken as a session grows).
     ``kv``: type of the cached keys and values, "f16" or "q8" (int8, half the memory). ``head``: "dense";
     "flash", which scores the likely clusters of the vocabulary alone; "exact", which drafts with those and
     gives the dense head's tokens; or "auto", flash where the model has a sidecar (``edgert export``), else

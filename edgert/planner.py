@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -43,7 +42,6 @@ SPM_BYTES = 75
 FREED_METADATA = 0.3
 LONG_ARRAY = 4096  # elements; what describes layers is shorter
 READ_AHEAD = 1 << 18  # bytes of the file that each thread holds while it packs weights
-LARGEST_CONTEXT = 2**20  # of one that is asked for, whatever the model was made for
 LEAST_CONTEXT = 256  # a load that may choose its context is refused below this
 
 
@@ -148,8 +146,7 @@ def plan(
     """The cost of running ``model`` (as in :func:`edgert.load`) with the native engine, from the headers of
     its files.
 
-    ``context``: tokens of prompt and answer together (None: what the model was made for; more is warned of).
-    ``platform``: a
+    ``context``: tokens of prompt and answer together (None: what the model was made for). ``platform``: a
     board edgert describes, or the path of a platform file; None is this machine, as `edgert doctor`
     measured it. ``memory``: bytes there are for the process (None: what the platform has, or this machine
     can give now); with sparse or exact attention, keys and values that do not fit into them go to the
@@ -356,7 +353,7 @@ class Case:
         """``to_disk``: keys and values that do not fit may go to the disk."""
         if not to_disk or not self.chosen:
             return self._plan(context, rates, available, limit, self.max_context(available))
-        most = max(self.trained_context, context)
+        most = self.trained_context
         longest = longest_placed(self, most, available)
         found = regimes(self, context, most, available, rates)
         return place(self, context, available)._plan(context, rates, available, limit, longest, found)
@@ -440,19 +437,11 @@ class Case:
 
 
 def check_context(context: int | None, trained: int) -> None:
-    """Warns of a context that is longer than the ``trained`` positions a model was made for: nobody has one
-    but who asks for it. Raises UsageError for one that makes no sense."""
+    """Raises UsageError for a context that a model made for ``trained`` positions cannot have."""
     if context is None:
         return
-    most = max(trained, LARGEST_CONTEXT)
-    if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= most:
-        raise UsageError(f"context must be 2 to {most} (the model was made for {trained}), not {context!r}")
-    if context > trained:
-        warnings.warn(
-            f"a context of {context} tokens was asked for and the model was made for {trained}: what it says "
-            "after those is not to be relied on",
-            stacklevel=3,
-        )
+    if isinstance(context, bool) or not isinstance(context, int) or not 2 <= context <= trained:
+        raise UsageError(f"context must be 2 to {trained}, which the model was made for, not {context!r}")
 
 
 def choose_context(case: Case, context: int | None, memory: int | None = None) -> tuple[int, int]:

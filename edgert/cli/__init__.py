@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -86,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by something without an encoding
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    warnings.formatwarning = _format_warning
     try:
         args = _parse(words)
         code: int = _module(args.verb).main(args)
@@ -112,13 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _module(verb: str) -> Any:
     return import_module(MODULES.get(verb, f"edgert.cli.{verb}"))
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """One line, without the place in our code."""
-    return f"edgert: {message}\n"
 
 
 def _one_line(e: Exception) -> str:

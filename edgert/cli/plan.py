@@ -121,7 +121,7 @@ def _print_regimes(made: Plan) -> None:
             f"  up to {regime.end:>7} tokens  {where}: {_time(regime.seconds)} a token there, "
             f"{1 / regime.seconds:.0f} tok/s{disk}{more}"
         )
-    if (end := made.regimes[-1].end) < max(made.context, made.trained_context):
+    if (end := made.regimes[-1].end) < made.trained_context:
         print(f"  from  {end + 1:>7} tokens  refused")
 
 

@@ -79,7 +79,7 @@ def open(  # the protocol's name for every backend
     """Load a GGUF file.
 
     ``threads``: 0 takes the CPUs this process may run on. ``context``: the longest session that
-    may be asked for (None: what the model was made for). ``flash_attn``: None leaves the
+    may be asked for, at most what the model was made for (None). ``flash_attn``: None leaves the
     choice to llama.cpp, except with ``kv`` "q8", which needs it. Raises EngineError without
     llama-cpp-python or when llama.cpp refuses the model, ModelFileError when there is no such file.
     """
@@ -114,7 +114,7 @@ class LlamaCppEngine:
         trained: int = self.api.llama_model_n_ctx_train(self._model)
         if context is not None and context < 1:
             raise EngineError(f"expected a context of at least 1 position, found {context}")
-        self._context = context or trained
+        self._context = min(context or trained, trained)
         self._vocab: int = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self._model))
 
     @property
