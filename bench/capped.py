@@ -17,8 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +25,8 @@ from typing import Any
 
 from edgert.bench.context import context as facts_of
 from edgert.bench.eval_texts import make_documents
-from edgert.bench.measure import say
+from edgert.bench.long_context import stretched
+from edgert.bench.measure import put, say
 
 from edgert import _native
 from edgert.attention import DEFAULT_BUDGET
@@ -37,7 +36,6 @@ from edgert.locate import cache_dir, model_path
 from edgert.placement import PAGE, UNSURE
 from edgert.planner import plan
 from edgert.tokenizer import Tokenizer
-from edgert.whole_file import write_whole
 
 SHARE = 0.25  # of the keys and values, that fit under the cap
 TURNS, TURN = 12, 32  # turns of each, and steps of a turn
@@ -49,9 +47,8 @@ job = json.loads(sys.stdin.readline())
 if job["group"]:
     with open(job["group"] + "/cgroup.procs", "w") as procs:
         procs.write("0")
-import edgert, warnings
+import edgert
 from edgert.generate import peak_memory
-warnings.simplefilter("ignore")
 text, told = job["text"], job["prompt"]
 with edgert.load(
     job["path"], attention="sparse", heads="none", budget=job["budget"], context=len(text), head="dense",
@@ -145,9 +142,13 @@ class Result:
         return statistics.median(self.free) / statistics.median(self.capped)
 
 
-def measure(
-    path: Path, context: int, budget: int, share: float, directory: Path, wait: Path | None
-) -> Result:
+def measure(model: Path, context: int, budget: int, share: float, directory: Path) -> Result:
+    """``model`` may have been made for less: what is measured is speed and memory."""
+    with stretched(model, context + TURNS * TURN + TURN) as path:
+        return _measure(path, context, budget, share, directory)
+
+
+def _measure(path: Path, context: int, budget: int, share: float, directory: Path) -> Result:
     file = _native.GgufFile(str(path))
     tokenizer = Tokenizer.from_gguf(file.metadata)
     length = context + TURNS * TURN + TURN
@@ -181,8 +182,6 @@ def measure(
             capped, other = (child.hear() for child in children)
             reading = capped["seconds"], other["seconds"]
             say(f"read in {reading[0]:.0f} s, in memory in {reading[1]:.0f} s, both at once")
-            while wait and not wait.exists():
-                time.sleep(0.1)
             steps: list[list[float]] = [[], []]
             before: dict[str, float] = {}
             for turn in range(TURNS + 1):  # the first one warms up
@@ -274,28 +273,16 @@ def main() -> None:
         "--share", type=float, default=SHARE, metavar="S", help="of keys and values, under the cap"
     )
     parser.add_argument("--page-directory", type=Path, default=cache_dir() / "pages", metavar="DIR")
-    parser.add_argument(
-        "--wait",
-        type=Path,
-        metavar="FILE",
-        help="begin the steps when it is there, for quiet",
-    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
     args = parser.parse_args()
-    warnings.simplefilter(
-        "ignore"
-    )  # of a context that is longer than a model was made for: it is about speed
     results = {}
     for name in args.models:
         path = Path(model_path(name))
-        results[path] = measure(path, args.context, args.budget, args.share, args.page_directory, args.wait)
+        results[path] = measure(path, args.context, args.budget, args.share, args.page_directory)
         print(json.dumps(asdict(results[path])), file=sys.stderr)
     command = f"python -m edgert.bench.capped {' '.join(args.models)} --context {args.context}"
     text = report(results, args.budget, args.share, command)
-    if args.output is None:
-        print(text, end="")
-    else:
-        write_whole(args.output, [text.encode()])
+    put(text, args.output)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from edgert.bench.quiet import Watch
 from edgert.bench.runners import LlamaCpp, Native, Runner, back_to
 
 from edgert import _native
+from edgert.whole_file import write_whole
 
 DECODE_STEPS = 32  # of one sample
 LONG = 4000  # prefills of so many tokens are repeated for the peer's better setting alone
@@ -61,6 +62,14 @@ class Row:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def put(text: str, output: Path | None) -> None:
+    """Write a table to ``output``, whole or not at all, or (None) to stdout."""
+    if output is None:
+        print(text, end="")
+    else:
+        write_whole(output, [text.encode()])
 
 
 def greedy(runner: Runner, prompt: Sequence[int], n: int) -> list[int]:

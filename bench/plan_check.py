@@ -14,11 +14,12 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from edgert.bench.measure import say
+from edgert.bench.measure import put, say
 from edgert.bench.text import prose
 
 from edgert import _native
@@ -27,7 +28,6 @@ from edgert.locate import model_path
 from edgert.plan_time import decode_steps
 from edgert.planner import Case
 from edgert.rates import rates_for
-from edgert.whole_file import write_whole
 
 if TYPE_CHECKING:
     from edgert.rates import Rates
@@ -91,27 +91,52 @@ def run(path: str, kv: str, head: str, context: int, rates: Rates) -> Row:
     case = Case.read(file, choose_sidecar(path, head, "native"), rates.lanes, rates.threads, kv, head, 0)
     prompt = context - GENERATED
     job = [path, kv, head, context, GENERATED, _tokens(path, prompt), rates.threads, PROBE_SECONDS]
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD], input=json.dumps(job), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{path} {kv} {head} {context}: {done.stderr.strip()[-400:]}")
-    peak, rounds, generated = json.loads(done.stdout)
-    steady = [r for r in rounds if abs(r[1] - r[2]) <= STEADY * r[1]]
-    if not steady:
-        say("memory's speed changed within every generation: the nearest one is taken")
-        steady = [min(rounds, key=lambda r: abs(r[1] - r[2]) / r[1])]
+    peak, rounds, generated = in_process(_CHILD, job, f"{path} {kv} {head} {context}")
     planned = case.needed(prompt + generated)
 
     def predicted(bandwidth: float) -> float:
         steps = decode_steps(case, replace(rates, bandwidth=bandwidth), prompt + generated // 2)
         return sum(step.seconds for step in steps)
 
-    pairs = sorted((predicted((r[1] + r[2]) / 2) / r[0], r) for r in steady)
-    _, (seconds, before, after) = pairs[len(pairs) // 2]
-    bandwidth = (before + after) / 2
+    seconds, bandwidth = settle(rounds, predicted)
     name = Path(path).name
     return Row(name, kv, head, context, planned, peak, predicted(bandwidth), seconds, bandwidth)
+
+
+def in_process(program: str, job: Any, what: str) -> Any:
+    """What a process of its own prints as JSON; it has ``job`` as JSON on stdin. SystemExit when it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=json.dumps(job), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{what}: {done.stderr.strip()[-400:]}")
+    return json.loads(done.stdout)
+
+
+def settle(
+    rounds: Sequence[tuple[float, float, float]], predicted: Callable[[float], float]
+) -> tuple[float, float]:
+    """Seconds a token and the bandwidth to predict them from, of ``rounds`` (seconds, bandwidth before and
+    after): the one of median error among those between which memory's speed held."""
+    steady = [r for r in rounds if abs(r[1] - r[2]) <= STEADY * r[1]]
+    if not steady:
+        say("memory's speed changed within every round: the nearest one is taken")
+        steady = [min(rounds, key=lambda r: abs(r[1] - r[2]) / r[1])]
+    pairs = sorted((predicted((r[1] + r[2]) / 2) / r[0], r) for r in steady)
+    _, (seconds, before, after) = pairs[len(pairs) // 2]
+    return seconds, (before + after) / 2
+
+
+def verdict(rows: Sequence[Row], what: str, median: float, worst: float | None = None) -> list[str]:
+    """Two lines of markdown: whether the targets hold, of memory and of the time of ``what``."""
+    times = sorted(abs(row.time_error) for row in rows)
+    held = sum(row.memory_held for row in rows)
+    last = "" if worst is None else f" (target {worst:.0%})"
+    return [
+        f"- memory within {MEMORY_SHARE:.0%} + {MEMORY_BYTES / 1e6:.0f} MB: {held} of {len(rows)} rows",
+        f"- time of a {what}: off by {statistics.median(times):.1%} at the median (target {median:.0%}), "
+        f"{times[-1]:.1%} at worst{last}",
+    ]
 
 
 _TOKENS: dict[str, list[int]] = {}
@@ -128,8 +153,6 @@ def _tokens(path: str, n: int) -> list[int]:
 
 def table(rows: list[Row], machine: str) -> str:
     """Markdown, with the errors and whether the targets hold."""
-    times = sorted(abs(row.time_error) for row in rows)
-    held = sum(row.memory_held for row in rows)
     lines = [
         f"# What `edgert plan` says beside what runs take: {machine}",
         "",
@@ -137,9 +160,7 @@ def table(rows: list[Row], machine: str) -> str:
         f"and generates {GENERATED} tokens; then the time of a token in six more generations, predicted from "
         "memory's speed around each: the median of those between which that speed held.",
         "",
-        f"- memory within {MEMORY_SHARE:.0%} + {MEMORY_BYTES / 1e6:.0f} MB: {held} of {len(rows)} rows",
-        f"- time of a token: off by {statistics.median(times):.1%} at the median (target "
-        f"{DECODE_MEDIAN:.0%}), {times[-1]:.1%} at worst (target {DECODE_WORST:.0%})",
+        *verdict(rows, "token", DECODE_MEDIAN, DECODE_WORST),
         "",
         "| model | KV | head | context | peak planned | measured | off | token planned | measured | off "
         "| GB/s |",
@@ -157,7 +178,7 @@ def table(rows: list[Row], machine: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m edgert.bench.plan_check", description=__doc__)
-    parser.add_argument("-o", "--output", metavar="FILE.md", help="default: stdout")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
     parser.add_argument("--models", default="smollm2-135m,gemma-3-270m")
     parser.add_argument("--contexts", default="128,512,2000,4000,8000")
     parser.add_argument("--kv", default="f16,q8")
@@ -179,10 +200,7 @@ def main() -> None:
                         f"time {row.time_error:+.1%}"
                     )
     text = table(rows, rates.name)
-    if args.output is None:
-        print(text, end="")
-    else:
-        write_whole(Path(args.output), [text.encode()])
+    put(text, args.output)
 
 
 if __name__ == "__main__":

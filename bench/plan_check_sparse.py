@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from edgert.bench.eval_texts import make_documents
-from edgert.bench.measure import say
-from edgert.bench.plan_check import MEMORY_BYTES, MEMORY_SHARE, PROBE_SECONDS, STEADY, Row
+from edgert.bench.measure import put, say
+from edgert.bench.plan_check import PROBE_SECONDS, Row, in_process, settle, verdict
 
 from edgert import _native
 from edgert.locate import cache_dir, model_path
@@ -30,7 +27,6 @@ from edgert.plan_time import decode_steps
 from edgert.planner import Case
 from edgert.rates import Rates, rates_for
 from edgert.tokenizer import Tokenizer
-from edgert.whole_file import write_whole
 
 TURNS, STEPS = 7, 32  # turns, the first of which warms up
 DECODE_MEDIAN = 0.15
@@ -123,22 +119,13 @@ def run(path: str, kv: str, context: int, budget: int, on_disk: bool, rates: Rat
         "directory": str(cache_dir() / "pages"),
         "probe": PROBE_SECONDS,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD], input=json.dumps(job), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{path} {kv} {context} {budget}: {done.stderr.strip()[-400:]}")
-    peak, rounds, disk = json.loads(done.stdout)
-    steady = [r for r in rounds if abs(r[1] - r[2]) <= STEADY * r[1]]
-    steady = steady or [min(rounds, key=lambda r: abs(r[1] - r[2]) / r[1])]
+    peak, rounds, disk = in_process(_CHILD, job, f"{path} {kv} {context} {budget}")
     middle = context + (TURNS + 1) * STEPS // 2
 
     def predicted(bandwidth: float) -> float:
         return sum(step.seconds for step in decode_steps(case, replace(rates, bandwidth=bandwidth), middle))
 
-    pairs = sorted((predicted((r[1] + r[2]) / 2) / r[0], r) for r in steady)
-    _, (seconds, before, after) = pairs[len(pairs) // 2]
-    bandwidth = (before + after) / 2
+    seconds, bandwidth = settle(rounds, predicted)
     steps = (TURNS - 1) * STEPS
     return SparseRow(
         model=Path(path).name,
@@ -167,8 +154,6 @@ def _text(path: str, n: int) -> list[int]:
 
 def table(rows: list[SparseRow], machine: str) -> str:
     """Markdown, with the errors and whether the targets hold."""
-    times = sorted(abs(row.time_error) for row in rows)
-    held = sum(row.memory_held for row in rows)
     lines = [
         f"# What `edgert plan` says of sparse attention beside what runs take: {machine}",
         "",
@@ -177,9 +162,7 @@ def table(rows: list[SparseRow], machine: str) -> str:
         f"{STEPS}, predicted from memory's speed around each: the median of those between which it held. "
         "Dense head.",
         "",
-        f"- memory within {MEMORY_SHARE:.0%} + {MEMORY_BYTES / 1e6:.0f} MB: {held} of {len(rows)} rows",
-        f"- time of a step: off by {statistics.median(times):.1%} at the median (target "
-        f"{DECODE_MEDIAN:.0%}), {times[-1]:.1%} at worst",
+        *verdict(rows, "step", DECODE_MEDIAN),
         "",
     ]
     columns = (
@@ -206,7 +189,7 @@ def _cells(r: SparseRow) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m edgert.bench.plan_check_sparse", description=__doc__)
     parser.add_argument("rows", type=Path, metavar="ROWS.jsonl", help="where rows are kept")
-    parser.add_argument("-o", "--output", metavar="FILE.md", help="default: stdout")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
     parser.add_argument("--models", default="smollm2-135m,gemma-3-270m")
     parser.add_argument("--contexts", default="2000,4000,7900")
     parser.add_argument("--budgets", default="512,1024")
@@ -234,10 +217,7 @@ def main() -> None:
                             file.write(json.dumps(asdict(row)) + "\n")
                         say(f"{row.key}: memory {row.memory_error:+.1%}, time {row.time_error:+.1%}")
     text = table(rows, rates.name)
-    if args.output is None:
-        print(text, end="")
-    else:
-        write_whole(Path(args.output), [text.encode()])
+    put(text, args.output)
 
 
 if __name__ == "__main__":

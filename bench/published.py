@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgert.bench.measure import put
 from edgert.models.spec import LayerSpec, ModelSpec
 from edgert.platforms.board_file import load_platform
 from edgert.platforms.fields import RATE
 
 from edgert.cost import kv_bytes, weight_bytes
-from edgert.whole_file import write_whole
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -298,10 +298,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="file for the table; default: stdout")
     args = parser.parse_args()
     text = table(*load())
-    if args.output is None:
-        print(text, end="")
-    else:
-        write_whole(args.output, [text.encode()])
+    put(text, args.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ measured constants for Python, its libraries and the tokenizer. Time is an estim
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike

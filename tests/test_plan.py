@@ -119,9 +119,9 @@ def test_the_peak_is_what_the_plan_says(name: str, context: int, kv: str) -> Non
 ADDRESS_LIMIT = """
 import resource
 import edgert.model, edgert.sampling, edgert.tokenizer, tokenizers, jinja2
-from edgert import memory_left
+from edgert.memory_left import PYTHON_BYTES, THREAD_HEAP, resident_bytes
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-room = {room} - min(memory_left.resident_bytes(), memory_left.PYTHON_BYTES) + 3 * ((8 << 20) + memory_left.THREAD_HEAP)
+room = {room} - min(resident_bytes(), PYTHON_BYTES) + 3 * ((8 << 20) + THREAD_HEAP)
 resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, 8 << 20))
 resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
 """

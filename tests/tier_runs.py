@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import struct
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from edgert.bench.long_context import set_context
 
 from edgert.planner import plan
 
@@ -26,13 +28,9 @@ def long_tiny() -> Path:
     from tiny_models import tiny
 
     made = tiny("qwen3")
-    data = bytearray(made.path.read_bytes())
-    key = b"qwen3.context_length"
-    at = data.index(key) + len(key) + 4  # behind the type of the value
-    assert struct.unpack_from("<I", data, at) == (made.spec.context_length,)
-    struct.pack_into("<I", data, at, CONTEXT)
     path = Path(_DIRECTORY.name) / "long.gguf"
-    path.write_bytes(data)
+    shutil.copyfile(made.path, path)
+    set_context(path, CONTEXT)
     return path
 
 
