@@ -40,7 +40,8 @@ class Head(nn.Module):
         per = self.queries(inputs).view(len(inputs), len(self.places), tracer.group, -1)
         total = inputs.new_zeros(len(inputs), scanned[0].shape[1] // 16)
         for i, (layer, _) in enumerate(self.places):
-            q = tracer.rotate(tracer.spec.layers[tracer.layers[layer]], per[:, i].transpose(0, 1), positions)
+            spec = tracer.spec.layers[tracer.layers[layer]]
+            q = tracer.decoder.rotate(spec, per[:, i].transpose(0, 1), positions)
             total = total + self.log_worth[i].exp() * tracer.shares(q, keys[i], scanned[i], positions)[0]
         return total
 
@@ -103,7 +104,7 @@ def choose_heads(
         features = []
         for i, layer in enumerate(tracer.layers):
             keys = trace.keys[i].float()
-            turned = tracer.rotate(spec.layers[layer], q[:, i].transpose(0, 1), positions)
+            turned = tracer.decoder.rotate(spec.layers[layer], q[:, i].transpose(0, 1), positions)
             features.append(
                 tracer.shares(turned, keys, tracer.indexed(keys, trace.votes.shape[1]), positions)
             )

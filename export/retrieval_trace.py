@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from edgert.export.torch_decoder import TorchDecoder
-from edgert.models import LayerSpec, ModelSpec
+from edgert.models import ModelSpec
 from torch import Tensor
 
 PAGE, BLOCK, RECENT = 16, 256, 128  # tokens of a page, of a block of the index, and that are always read
@@ -65,7 +65,7 @@ class Tracer:
                 q, k.repeat_interleave(self.group, 1), v.repeat_interleave(self.group, 1), is_causal=True,
                 scale=spec.attn_scale,
             )  # fmt: skip
-            queries.append(self.rotate(layer, q[0], positions, back=True).transpose(0, 1).half())
+            queries.append(self.decoder.rotate(layer, q[0], positions, back=True).transpose(0, 1).half())
             keys.append(k[0].half())
             weights = self._effects(i, out[0])
             scanned = self.indexed(keys[-1].float(), pages)
@@ -97,24 +97,6 @@ class Tracer:
         each = norm.view(self.kv, self.group, -1).sum(1)
         result: Tensor = each / each.mean(0).clamp(min=1e-9)
         return result
-
-    def rotate(self, layer: LayerSpec, x: Tensor, positions: Tensor, back: bool = False) -> Tensor:
-        """``x`` [..., T, head_dim] turned to its ``positions`` [T], or back from there."""
-        spec = self.spec
-        pairs = spec.rope_dims // 2
-        frequency = layer.rope_scale / layer.rope_base ** (torch.arange(pairs, dtype=torch.float64) / pairs)
-        if spec.rope_factors:
-            frequency = frequency / self.decoder._w["rope_freqs.weight"].double()
-        angle = positions.double()[:, None] * (-frequency if back else frequency)
-        cos, sin = angle.cos().float(), angle.sin().float()
-        turned, rest = x[..., : spec.rope_dims], x[..., spec.rope_dims :]
-        if spec.rope_style == "interleaved":
-            a, b = turned[..., 0::2], turned[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-        else:
-            a, b = turned[..., :pairs], turned[..., pairs:]
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-        return torch.cat([turned, rest], -1)
 
     @staticmethod
     def indexed(keys: Tensor, pages: int) -> Tensor:

@@ -97,7 +97,7 @@ def train(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / steps)
         optimizer.zero_grad()
-        lost(past + own, effect).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(lost(past + own, effect))
         optimizer.step()
         progress(1)
         if (step + 1) % SAVED_EVERY == 0 and step + 1 < steps:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-from edgert.export.gguf_writer import Tensor, Value, write_gguf
+from edgert.export.gguf_writer import Tensor, TensorType, Value, write_gguf
 
 from edgert import _native
 from edgert.download import file_sha256
@@ -37,7 +38,7 @@ def write_part(
                 value = old.get(key)
                 keys[key] = np.asarray(value, np.int32) if isinstance(value, list) else value
         others = [
-            Tensor(t.name, t.type, t.shape, np.frombuffer(old.read(t.name), np.uint8))  # type: ignore[arg-type]
+            Tensor(t.name, cast(TensorType, t.type), t.shape, np.frombuffer(old.read(t.name), np.uint8))
             for t in old.tensors
             if not t.name.startswith(f"{part}.")
         ]

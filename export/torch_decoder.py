@@ -91,7 +91,8 @@ class TorchDecoder:
         if spec.qk_norm:
             q, k = self._norm(q, p + "attn_q_norm"), self._norm(k, p + "attn_k_norm")
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return self._rope(layer, q, start), self._rope(layer, k, start), v
+        positions = torch.arange(start, start + q.shape[2])
+        return self.rotate(layer, q, positions), self.rotate(layer, k, positions), v
 
     def _attention(self, i: int, x: Tensor, attend: Attend | None, start: int) -> Tensor:
         layer = self.spec.layers[i]
@@ -113,8 +114,9 @@ class TorchDecoder:
             )
         return self._linear(out.transpose(1, 2).reshape(b, n, -1), f"blk.{i}.attn_output")
 
-    def _rope(self, layer: LayerSpec, x: Tensor, start: int) -> Tensor:
-        """``x`` [B, heads, T, hd]; the first ``rope_dims`` of a head turn, in pairs."""
+    def rotate(self, layer: LayerSpec, x: Tensor, positions: Tensor, back: bool = False) -> Tensor:
+        """``x`` [..., T, hd] turned to its ``positions`` [T], or back from there; the first ``rope_dims`` of
+        a head turn, in pairs."""
         dims = self.spec.rope_dims
         pairs = dims // 2
         # In double precision: at position 8,000 a float's angle is off by a thousandth.
@@ -122,7 +124,7 @@ class TorchDecoder:
         frequency = layer.rope_scale / layer.rope_base**power
         if self.spec.rope_factors:
             frequency = frequency / self._w["rope_freqs.weight"].double()
-        angle = torch.arange(start, start + x.shape[2], dtype=torch.float64)[:, None] * frequency
+        angle = positions.double()[:, None] * (-frequency if back else frequency)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         turned, rest = x[..., :dims], x[..., dims:]
         if self.spec.rope_style == "interleaved":

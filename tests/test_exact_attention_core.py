@@ -15,7 +15,7 @@ from cli_process import edgert as command
 from edgert.export.gguf_writer import write_gguf
 from edgert.models import FAMILIES
 from flash_files import parts
-from tiny_models import prompt, tiny
+from tiny_models import kv_types, prompt, tiny
 
 from edgert import _native
 from edgert.attention import choose_budget
@@ -39,10 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias": {"logit_bias": {7: 3.0, 9: -math.inf}, "temperature": 0.5, "seed": 1},
     "allowed": {"allowed": list(range(40, 120)), "temperature": 1.0, "seed": 2},
 }
-
-
-def kv_types(name: str) -> list[str]:
-    return ["f16"] if tiny(name).spec.head_dim % 32 else ["f16", "q8"]
 
 
 def open_model(base: Path, kv: str, head: str, attention: str, tier: Tier = IN_MEMORY) -> Model:

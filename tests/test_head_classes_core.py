@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from edgert.models import FAMILIES
 from reference import Reference
-from tiny_models import prompt, tiny
+from tiny_models import kv_types, prompt, tiny
 
 from edgert import _native
 from edgert.engines import native_spec
@@ -25,10 +25,6 @@ Heads = tuple[int, list[list[int]]]
 def open_model(name: str, threads: int = 2) -> _native.Model:
     file = _native.GgufFile(str(tiny(name).path))
     return _native.Model(file, native_spec(file, file.metadata).as_dict(), threads)
-
-
-def kv_types(name: str) -> list[str]:
-    return ["f16"] if tiny(name).spec.head_dim % 32 else ["f16", "q8"]
 
 
 def pattern(name: str, classes: list[int], window: int = WINDOW) -> Heads:

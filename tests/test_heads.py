@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -123,7 +123,7 @@ class HandMade:
 
 
 def test_probes_find_the_heads_that_were_made() -> None:
-    scores = repeated_tokens(HandMade(5000), 60, seed=3)  # type: ignore[arg-type]
+    scores = repeated_tokens(cast(TorchDecoder, HandMade(5000)), 60, seed=3)
     assert scores.induction[0, 0] > 0.95
     assert scores.echo[0, 1] > 0.95 * 2 / 3  # a third of its weight stays with the token itself
     others = [scores.induction[0, 1], scores.induction[0, 2], scores.echo[0, 0], scores.echo[0, 2]]
@@ -147,7 +147,7 @@ def test_needles_are_what_their_sources_say() -> None:
     assert made.right(told) == 5
     # An induction head finds the second token of an answer and those behind it.
     decoder = HandMade(1000)
-    _, scores = read_needles(decoder, made)  # type: ignore[arg-type]
+    _, scores = read_needles(cast(TorchDecoder, decoder), made)
     assert scores[0, 0] > max(scores[0, 1], scores[0, 2]) == 0
 
 

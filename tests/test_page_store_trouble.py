@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from file_limit import file_limit
 from kv_pages import (
     SECTION,
     SECTIONS,
@@ -105,16 +103,6 @@ def test_a_file_cut_short_is_found(tmp_path: Path) -> None:
         s.read_sections([(last, 0)])
     s.want([])
     assert s.need(first) == content(first)
-
-
-@contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_nothing_is_lost_when_the_file_cannot_grow(tmp_path: Path) -> None:

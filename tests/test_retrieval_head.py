@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from edgert.export.gguf_writer import Tensor, Value, write_gguf
@@ -20,7 +19,8 @@ from edgert.export.retrieval_trace import Tracer, full_layers
 from edgert.export.retrieval_train import Sequences, evaluate, train
 from edgert.export.sidecar_writer import write_part
 from edgert.export.torch_decoder import TorchDecoder
-from tiny_models import prompt, tiny
+from tier_caches import BUDGET, LENGTH, SLOTS, Floats, Ids, assert_saved_goes_on_alike, cache, read, steps
+from tiny_models import kv_types, prompt, tiny
 
 import edgert
 from edgert import _native
@@ -31,10 +31,8 @@ from edgert.locate import sidecar_path
 from edgert.sidecar import Sidecar
 from edgert.tokenizer import Tokenizer
 
-Ids = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
 FAMILIES = ("llama", "gemma3", "lfm2")
-LENGTH, STEPS, BUDGET, SLOTS = 2100, 24, 64, 75
+STEPS = 24
 RANK = 32
 SMALL = Request(length=1280, texts=1, others=1, steps=8, rank=32, heads=2, budget=64)
 
@@ -110,20 +108,6 @@ def ids(name: str) -> Ids:
     return np.array(prompt(tiny(name), LENGTH + STEPS), dtype=np.int32)
 
 
-def cache(model: _native.Model, directory: Path, **options: Any) -> _native.Cache:
-    kv = options.pop("kv", "f16")
-    return _native.Cache(model, 4096, kv, BUDGET, slots=SLOTS, directory=str(directory), **options)
-
-
-def read(model: _native.Model, into: _native.Cache, ids: Ids) -> None:
-    for at in range(0, len(ids), 256):
-        model.forward(into, ids[at : at + 256], full=True)
-
-
-def steps(model: _native.Model, into: _native.Cache, ids: Ids) -> Floats:
-    return np.stack([model.forward(into, ids[i : i + 1]) for i in range(len(ids))])
-
-
 def expected_worth(name: str, numbers: dict[str, Any], ids: Ids, keys: Any, state: Floats) -> Floats:
     """What retrieval.h says, in numpy; ``keys`` [L, KV, T, head_dim] rotated, ``state`` the final one of the
     last of ``ids`` but one, normed."""
@@ -136,7 +120,7 @@ def expected_worth(name: str, numbers: dict[str, Any], ids: Ids, keys: Any, stat
     pages = (position - 128) // 256 * 16
     total = np.zeros(pages, np.float32)
     for q, (layer, head), worth in zip(queries, numbers["places"], numbers["retrieval.worth"], strict=True):
-        turned = tracer.rotate(
+        turned = tracer.decoder.rotate(
             spec.layers[layer], torch.from_numpy(q)[:, None].float(), torch.tensor([position])
         )
         q = turned[:, 0].numpy() * spec.attn_scale * np.log2(np.e)
@@ -203,31 +187,22 @@ def test_nothing_is_predicted_where_all_may_be_read(model: _native.Model, ids: I
     np.testing.assert_array_equal(steps(model, roomy, ids[LENGTH:]), steps(model, whole, ids[LENGTH:]))
 
 
-@pytest.mark.parametrize("kv", ["f16", "q8"])
-def test_threads_and_timing_change_nothing(base: Path, name: str, ids: Ids, tmp_path: Path, kv: str) -> None:
-    if kv == "q8" and tiny(name).spec.head_dim % 32:
-        pytest.skip("heads of this model do not fit q8")
-    found = []
-    for threads, delay in ((1, 0), (3, 2000)):
-        one = open_model(base, name, threads)
-        tiered = cache(one, tmp_path, kv=kv, read_delay_us=delay)
-        read(one, tiered, ids[:LENGTH])
-        found.append(steps(one, tiered, ids[LENGTH:]))
-        stats = tiered.tier
-        assert stats is not None
-        assert stats["pages_read"] > 0
-    np.testing.assert_array_equal(found[0], found[1])
+def test_threads_and_timing_change_nothing(base: Path, name: str, ids: Ids, tmp_path: Path) -> None:
+    for kv in kv_types(name):
+        found = []
+        for threads, delay in ((1, 0), (3, 2000)):
+            one = open_model(base, name, threads)
+            tiered = cache(one, tmp_path, kv=kv, read_delay_us=delay)
+            read(one, tiered, ids[:LENGTH])
+            found.append(steps(one, tiered, ids[LENGTH:]))
+            stats = tiered.tier
+            assert stats is not None
+            assert stats["pages_read"] > 0
+        np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_a_saved_session_goes_on_alike(model: _native.Model, ids: Ids, tmp_path: Path) -> None:
-    tiered = cache(model, tmp_path)
-    read(model, tiered, ids[:LENGTH])
-    steps(model, tiered, ids[LENGTH : LENGTH + 4])
-    state = tiered.save()
-    expected = steps(model, tiered, ids[LENGTH + 4 :])
-    again = cache(model, tmp_path)
-    again.load(state)
-    np.testing.assert_array_equal(steps(model, again, ids[LENGTH + 4 :]), expected)
+    assert_saved_goes_on_alike(model, ids, tmp_path)
 
 
 def test_going_back_predicts_alike(model: _native.Model, ids: Ids, tmp_path: Path) -> None:

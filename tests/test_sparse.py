@@ -12,7 +12,7 @@ import pytest
 from cli_process import edgert as command
 from conftest import real_model
 from edgert.models import FAMILIES
-from tiny_models import prompt, tiny
+from tiny_models import kv_types, prompt, tiny
 
 import edgert
 from edgert import _native
@@ -28,10 +28,6 @@ BUDGET = 40
 def open_model(name: str, threads: int = 2) -> _native.Model:
     made = tiny(name)
     return _native.Model(_native.GgufFile(str(made.path)), made.spec.as_dict(), threads)
-
-
-def kv_types(name: str) -> list[str]:
-    return ["f16"] if tiny(name).spec.head_dim % 32 else ["f16", "q8"]
 
 
 def tokens_of(name: str, length: int = LENGTH) -> np.ndarray:

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-from tiny_models import prompt, tiny
+from tier_caches import BUDGET, LENGTH, Ids, assert_saved_goes_on_alike, cache, read, steps
+from tiny_models import kv_types, prompt, tiny
 
 from edgert import _native
 from edgert.errors import EngineError
 
-Ids = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
-LENGTH, STEPS, BUDGET = 2100, 40, 64
-SLOTS = 75  # of 132 pages; 71 are the fewest
+STEPS = 40
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "lfm2"])
@@ -41,35 +38,17 @@ def ids(name: str) -> Ids:
     return np.array(prompt(tiny(name), LENGTH + STEPS), dtype=np.int32)
 
 
-def cache(model: _native.Model, directory: Path, slots: int = SLOTS, **options: Any) -> _native.Cache:
-    return _native.Cache(
-        model, 4096, options.pop("kv", "f16"), BUDGET, slots=slots, directory=str(directory), **options
-    )
-
-
 def tier(c: _native.Cache) -> dict[str, Any]:
     found = c.tier
     assert found is not None
     return dict(found)
 
 
-def read(model: _native.Model, into: _native.Cache, ids: Ids) -> Floats:
-    for at in range(0, len(ids), 256):
-        logits = model.forward(into, ids[at : at + 256], full=True)
-    return logits
-
-
-def steps(model: _native.Model, into: _native.Cache, ids: Ids) -> Floats:
-    return np.stack([model.forward(into, ids[i : i + 1]) for i in range(len(ids))])
-
-
-@pytest.mark.parametrize("kv", ["f16", "q8"])
-def test_prompts_are_read_in_full(name: str, model: _native.Model, ids: Ids, tmp_path: Path, kv: str) -> None:
-    if kv == "q8" and tiny(name).spec.head_dim % 32:
-        pytest.skip("heads of this model do not fit q8")
-    whole, tiered = _native.Cache(model, 4096, kv, 0), cache(model, tmp_path, kv=kv)
-    np.testing.assert_array_equal(read(model, tiered, ids), read(model, whole, ids))
-    assert tier(tiered)["sections_read"] > 0
+def test_prompts_are_read_in_full(name: str, model: _native.Model, ids: Ids, tmp_path: Path) -> None:
+    for kv in kv_types(name):
+        whole, tiered = _native.Cache(model, 4096, kv, 0), cache(model, tmp_path, kv=kv)
+        np.testing.assert_array_equal(read(model, tiered, ids), read(model, whole, ids))
+        assert tier(tiered)["sections_read"] > 0
 
 
 def test_the_disk_is_not_touched_while_pages_fit(model: _native.Model, ids: Ids, tmp_path: Path) -> None:
@@ -102,14 +81,7 @@ def test_threads_change_nothing(name: str, ids: Ids, tmp_path: Path) -> None:
 
 
 def test_a_saved_session_goes_on_alike(model: _native.Model, ids: Ids, tmp_path: Path) -> None:
-    tiered = cache(model, tmp_path)
-    read(model, tiered, ids[:LENGTH])
-    steps(model, tiered, ids[LENGTH : LENGTH + 4])
-    state = tiered.save()
-    expected = steps(model, tiered, ids[LENGTH + 4 :])
-    again = cache(model, tmp_path)
-    again.load(state)
-    np.testing.assert_array_equal(steps(model, again, ids[LENGTH + 4 :]), expected)
+    assert_saved_goes_on_alike(model, ids, tmp_path)
 
 
 def test_a_tier_and_memory_load_each_others_sessions(model: _native.Model, ids: Ids, tmp_path: Path) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import functools
 import os
-import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import real_model
 from edgert.bench.text import prose
+from file_limit import file_limit
 from kv_pages import files_of
 from tier_runs import least_memory, long_tiny, on_disk
 
@@ -85,16 +84,6 @@ def disk() -> Iterator[Path]:
         yield here
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
 def until_it_fails(stream: Stream) -> tuple[tuple[int, ...], str]:
     """The tokens that came, which the reply still has, and the error."""
     with pytest.raises(EngineError) as caught:
@@ -112,7 +101,7 @@ def test_a_full_disk(setting: Setting, disk: Path) -> None:
     """A reply goes on while pages that cannot be written have room in memory; then it ends with its text, and
     where there is more room it goes on."""
     with setting.load(disk) as model, model.session() as session:
-        with largest_file((setting.pages - 56) * setting.page_bytes):
+        with file_limit((setting.pages - 56) * setting.page_bytes):
             tokens, error = until_it_fails(session.stream(setting.prompt, **setting.reply(REPLY)))
             assert f"the file in {disk} cannot be written: File too large" in error
             assert "free space there, choose another directory, or allow more memory" in error

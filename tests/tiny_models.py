@@ -332,3 +332,8 @@ def _tensor_type(name: str, data: np.ndarray, quant: str, index: int) -> Quant:
     kinds = tuple(SUPER_BLOCKS)
     kind = kinds[index % len(kinds)] if quant == "mixed" else Quant[quant]
     return Quant.F16 if data.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
+
+
+def kv_types(name: str) -> list[str]:
+    """Those that can hold the heads of a model."""
+    return ["f16"] if tiny(name).spec.head_dim % 32 else ["f16", "q8"]
