@@ -13,7 +13,11 @@ from typing import Any
 def write_whole(path: Path, parts: Iterable[Any]) -> None:
     """Write ``parts`` (buffers of bytes), one after the other. ``path`` is replaced only once all is on the
     disk: an error, Ctrl-C or a crash leaves either the old file or the new one, and on Linux nothing else.
-    Raises OSError."""
+    A device or a pipe is written to as it is. Raises OSError."""
+    if path.exists() and not path.is_file():
+        with path.open("wb") as stream:  # /dev/null stays what it is, also for root
+            stream.writelines(parts)
+        return
     directory = os.open(path.parent, os.O_RDONLY)
     temporary = None
     try:

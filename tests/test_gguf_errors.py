@@ -193,7 +193,7 @@ def test_no_regular_file(tmp_path: Path) -> None:
     assert "is a directory; expected the path of a .gguf file" in str(open_error(tmp_path))
     os.mkfifo(tmp_path / "pipe")
     assert "is not a regular file" in str(open_error(tmp_path / "pipe"))
-    assert "is not a regular file" in str(open_error("/dev/null"))
+    assert "is not a regular file" in str(open_error("/dev/zero"))
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "cannot be opened: Too many levels" in str(open_error(tmp_path / "loop"))
 

@@ -212,7 +212,10 @@ def test_the_command_as_a_process(directory: Path) -> None:
     [
         (["{gguf}", "--quant", "int8"], "--quant is for a Hugging Face model directory"),
         (["smollm2-135m", "--quant", "int8"], "--quant is for a Hugging Face model directory"),
-        (["{gguf}"], "nothing to export; add --flash-head, or give a Hugging Face model directory"),
+        (
+            ["{gguf}"],
+            "nothing to export; add --flash-head or --retrieval-head, or give a Hugging Face model directory",
+        ),
         (["{dir}", "--quant", "int3"], "invalid choice: 'int3'"),
         (["{dir}", "-o", "{dir}/no/x.gguf"], "no such directory"),
         (["{dir}", "-o", "{dir}/model.safetensors"], "expected the name of a .gguf file"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from edgert.cli.options import (
     load_model,
 )
 from edgert.errors import EdgertError, UsageError
+from edgert.whole_file import write_whole
 
 if TYPE_CHECKING:
     from edgert.generate import Stats, Stream
@@ -128,14 +128,9 @@ class Chat:
 
 def save(path: Path, messages: list[dict[str, str]]) -> None:
     """Write ``messages`` as JSON, whole or not at all. Raises EdgertError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(
-            json.dumps({"messages": messages}, ensure_ascii=False, indent=1), encoding="utf-8"
-        )
-        temporary.replace(path)
+        write_whole(path, [json.dumps({"messages": messages}, ensure_ascii=False, indent=1).encode()])
     except OSError as e:
-        temporary.unlink(missing_ok=True)
         raise EdgertError(f"cannot write {path}: {e.strerror}") from e
 
 
