@@ -95,7 +95,16 @@ def _disk(case: Case, rates: Rates, length: int, behind: float) -> list[Step]:
     entering = min(ENTERING * (1 - case.slots / pages), MOST_ENTERING)
     read = round(entering * size)
     waits = max(rates.disk_seconds(entering, size, PAGE_READS) - behind, 0.0)
-    return [Step("disk", waits + read * FROM_DISK, read, "disk")]
+    disk = Step("disk", waits + read * FROM_DISK, read, "disk")
+    return [_predicting(case, rates, length), disk] if case.predicted else [disk]
+
+
+def _predicting(case: Case, rates: Rates, length: int) -> Step:
+    """The retrieval head: its matrices, and the scan of the index with the queries it predicts."""
+    spec, read = case.spec, case.sizes.weights()["retrieval_head"]
+    group = spec.n_heads // max(layer.n_kv_heads for layer in spec.layers)
+    scan = SCAN * case.predicted * group * length / rates.pairs(case.kv, spec.head_dim, group)
+    return Step("retrieval head", _reading(read, rates) + scan + CHOICE, read, "arithmetic")
 
 
 def prefill_steps(case: Case, rates: Rates, length: int) -> tuple[Step, ...]:

@@ -218,6 +218,7 @@ class Case:
     attention: str
     heads: HeadClasses = ALL_INDEXED  # what each KV head keeps and reads
     slots: int = 0  # pages of keys and values in memory, the others on the disk; 0: all are
+    predicted: int = 0  # heads whose queries a retrieval head predicts where pages lie on the disk
 
     @classmethod
     def read(
@@ -257,7 +258,22 @@ class Case:
         )
         budget = sidecar.budget(probes) if sidecar else (0, 0)
         classes = choose_heads(heads, file.path, spec, attention)
-        return cls(file, spec, sizes, tensors, sidecar, budget, threads, kv, head, chosen, attention, classes)
+        predicted = retrieval.predicted_heads if retrieval else 0
+        return cls(
+            file,
+            spec,
+            sizes,
+            tensors,
+            sidecar,
+            budget,
+            threads,
+            kv,
+            head,
+            chosen,
+            attention,
+            classes,
+            predicted=predicted,
+        )
 
     @property
     def trained_context(self) -> int:

@@ -70,6 +70,7 @@ class Sidecar:
             raise self._refuse("edgert.base.fingerprint", f"it was made for another file than {base}")
         self.probes = self.cluster_size = self.keep = 0
         self.recipe = self.predictor = ""
+        self.predicted_heads = 0
         keys = self.file.metadata_keys
         if RETRIEVAL in keys:
             self._read_retrieval()
@@ -82,6 +83,7 @@ class Sidecar:
         if self.predictor not in PREDICTORS:
             what = f"expected one of {', '.join(PREDICTORS)}, found {self.predictor[:40]!r}"
             raise self._refuse(RETRIEVAL, what, "remove it")
+        self.predicted_heads = len(self._read("edgert.retrieval.heads", list))
 
     def _read_head(self) -> None:
         names = {t.name for t in self.file.tensors}

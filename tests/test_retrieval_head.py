@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from edgert.engines import native_spec
 from edgert.errors import ModelFileError
 from edgert.heads import choose_retrieval, choose_sidecar
 from edgert.locate import sidecar_path
+from edgert.plan_time import decode_steps
+from edgert.planner import Case
+from edgert.rates import rates_for
 from edgert.sidecar import Sidecar
 from edgert.tokenizer import Tokenizer
 
@@ -218,6 +222,23 @@ def test_going_back_predicts_alike(model: _native.Model, ids: Ids, tmp_path: Pat
     assert np.isfinite(steps(model, tiered, ids[:3])).all()
 
 
+def test_exact_attention_confirms_what_was_drafted_with_it(
+    base: Path, name: str, model: _native.Model, ids: Ids, tmp_path: Path
+) -> None:
+    """A full pass over drafts gives the states of full attention, and leaves a cache that drafts alike."""
+    plain = _native.Cache(model, 4096, "f16")
+    tiered = cache(model, tmp_path)
+    for c in (plain, tiered):
+        read(model, c, ids[:LENGTH])
+    drafts = np.stack([model.hidden(tiered, ids[i : i + 1])[0] for i in range(LENGTH, LENGTH + 8)])
+    assert tiered.rewind(LENGTH) == LENGTH
+    wanted = np.stack([model.hidden(plain, ids[i : i + 1])[0] for i in range(LENGTH, LENGTH + 8)])
+    assert not np.array_equal(drafts, wanted)
+    np.testing.assert_array_equal(model.hidden(tiered, ids[LENGTH : LENGTH + 8], full=True), wanted)
+    assert tiered.tier is not None
+    assert tiered.tier["pages_read"] > 0
+
+
 def test_load_uses_the_head_with_a_limit_of_memory_alone(tmp_path: Path) -> None:
     base = with_head("llama", tmp_path)
     path = str(base)
@@ -232,6 +253,24 @@ def test_load_uses_the_head_with_a_limit_of_memory_alone(tmp_path: Path) -> None
     assert sizes.weights()["retrieval_head"] >= expected * 0.9
     with edgert.load(base, attention="sparse", budget=64, threads=1) as loaded:
         assert loaded.memory()["retrieval_head"] == 0
+
+
+def test_a_plan_counts_its_scan_where_pages_lie_on_the_disk(tmp_path: Path) -> None:
+    path = str(with_head("llama", tmp_path))
+    rates = rates_for("pi5", 0)
+    file = _native.GgufFile(path)
+    retrieval = choose_retrieval(path, BUDGET, 2**30)
+    case = Case.read(file, None, 0, 2, "f16", "dense", 0, BUDGET, "sparse", retrieval=retrieval)
+    names = [step.name for step in decode_steps(case, rates, 2048)]
+    assert "retrieval head" not in names
+    placed = {
+        step.name: step for n in (2048, 4096) for step in decode_steps(replace(case, slots=SLOTS), rates, n)
+    }
+    assert placed["retrieval head"].bytes == case.sizes.weights()["retrieval_head"]
+    short = {step.name: step for step in decode_steps(replace(case, slots=SLOTS), rates, 2048)}
+    assert 0 < short["retrieval head"].seconds < placed["retrieval head"].seconds
+    alone = decode_steps(replace(case, slots=SLOTS, predicted=0), rates, 2048)
+    assert [step.name for step in alone] == [name for name in short if name != "retrieval head"]
 
 
 def change(base: Path, edit: Callable[[dict[str, Any], list[Tensor]], None]) -> None:
