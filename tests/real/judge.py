@@ -126,36 +126,35 @@ class Judge:
         return out
 
     @cached_property
-    def native_essay(self) -> EssayScore:
-        return self._score_essay(self.native)
-
-    @cached_property
-    def peer_essay(self) -> EssayScore:
-        return self._score_essay(self.peer)
-
-    def _score_essay(self, engine: Engine) -> EssayScore:
-        session = engine.session(len(self.essay))
-        kl = nll = reference_nll = 0.0
-        for at in range(0, len(self.essay), ROWS):
-            part = self.essay[at : at + ROWS]
-            ours = log_softmax(session.score(part))
-            theirs = log_softmax(self.reference.logits(self._essay_hidden[at : at + ROWS]).numpy())
-            kl += divergence(theirs, ours).sum().item()
-            following = torch.tensor(self.essay[at + 1 : at + ROWS + 1])
-            rows = torch.arange(len(following))
-            nll -= ours[rows, following].sum().item()
-            reference_nll -= theirs[rows, following].sum().item()
-        session.close()
+    def essay_scores(self) -> tuple[EssayScore, EssayScore]:
+        """Native's and llama.cpp's."""
+        sessions = [engine.session(len(self.essay)) for engine in (self.native, self.peer)]
+        kl, nll, reference_nll = [0.0, 0.0], [0.0, 0.0], 0.0
+        hidden = self.reference.hidden(self.essay)
+        with ThreadPoolExecutor(max_workers=2) as cores:
+            for at in range(0, len(self.essay), ROWS):
+                part = self.essay[at : at + ROWS]
+                scored = cores.map(lambda session, part=part: session.score(part), sessions)
+                theirs = log_softmax(self.reference.logits(hidden[at : at + ROWS]).numpy())
+                following = torch.tensor(self.essay[at + 1 : at + ROWS + 1])
+                rows = torch.arange(len(following))
+                reference_nll -= theirs[rows, following].sum().item()
+                for i, logits in enumerate(scored):
+                    ours = log_softmax(logits)
+                    kl[i] += divergence(theirs, ours).sum().item()
+                    nll[i] -= ours[rows, following].sum().item()
+        for session in sessions:
+            session.close()
         n = len(self.essay)
-        return EssayScore(kl / n, math.exp(nll / (n - 1)), math.exp(reference_nll / (n - 1)))
+        native, peer = (
+            EssayScore(kl[i] / n, math.exp(nll[i] / (n - 1)), math.exp(reference_nll / (n - 1)))
+            for i in range(2)
+        )
+        return native, peer
 
     def close(self) -> None:
         self.native.close()
         self.peer.close()
-
-    @cached_property
-    def _essay_hidden(self) -> torch.Tensor:
-        return self.reference.hidden(self.essay)
 
     def _greedy(self, prompt: list[int]) -> tuple[list[int], Rows]:
         """llama.cpp's continuation and its logits, [CONTINUATION, vocab]."""

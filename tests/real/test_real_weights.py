@@ -28,8 +28,8 @@ PROMPTS = {3: 17, 1: 51}  # with one of three, and with all of them (3,264 posit
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((name, each), id=f"{name}-{PROMPTS[each]}", marks=[pytest.mark.slow] if each == 1 else [])
-        for each in PROMPTS
+        pytest.param((name, each), id=f"{name}-{n}", marks=[pytest.mark.slow] if each == 1 else [])
+        for each, n in PROMPTS.items()
         for name in ("smollm2-135m", "gemma-3-270m")
     ],
 )
@@ -64,7 +64,7 @@ def test_divergence_of_single_steps_from_float32(judge: Judge, report: Report) -
 
 
 def test_divergence_on_a_text_from_float32(judge: Judge, report: Report) -> None:
-    native, peer, n = judge.native_essay.kl, judge.peer_essay.kl, len(judge.essay)
+    (native, peer), n = (score.kl for score in judge.essay_scores), len(judge.essay)
     report(f"{judge.name}: KL from float32, mean of {n} tokens of text: {native:.2e}; llama.cpp {peer:.2e}")
     assert native < 2e-3
     assert native <= peer
@@ -72,11 +72,9 @@ def test_divergence_on_a_text_from_float32(judge: Judge, report: Report) -> None
 
 def test_perplexity_is_transformers(judge: Judge, report: Report) -> None:
     assert len(judge.essay) >= 2000
-    ours, exact = judge.native_essay.perplexity, judge.native_essay.reference_perplexity
-    report(
-        f"{judge.name}: perplexity {ours:.4f}, transformers {exact:.4f}, "
-        f"llama.cpp {judge.peer_essay.perplexity:.4f}"
-    )
+    native, peer = judge.essay_scores
+    ours, exact = native.perplexity, native.reference_perplexity
+    report(f"{judge.name}: perplexity {ours:.4f}, transformers {exact:.4f}, llama.cpp {peer.perplexity:.4f}")
     assert ours == pytest.approx(exact, rel=0.005)
 
 
