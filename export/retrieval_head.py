@@ -53,7 +53,7 @@ class Request:
     length: int = 2048  # tokens of a sequence
     texts: int = 12  # sequences of text,
     others: int = 3  # of own words, and of lookups
-    steps: int = 400  # of training
+    steps: int = 2000  # of training
     rank: int = RANK
     heads: int = HEADS
     budget: int = BUDGET  # tokens that a step chooses where the loss is measured

@@ -46,15 +46,28 @@ class Sequences:
 
 
 def lost(value: Tensor, effect: Tensor) -> Tensor:
-    """The share of ``effect`` [n, P] that lies outside of a soft set of the pages of the largest
-    ``value``."""
-    pages = (effect > 0).sum(1, keepdim=True)
+    """The share of ``effect`` [n, P] that lies outside of a soft set of the pages of the largest ``value``.
+    The set holds SET of the pages whatever the values are: pages come in only where others go."""
+    wanted = ((effect > 0).sum(1, keepdim=True) * SET).clamp(min=1)
     log = (value + 1e-9).log()
-    place = ((pages * SET).long().clamp(min=1) - 1).clamp(max=value.shape[1] - 1)
-    edge = log.detach().sort(1, descending=True).values.gather(1, place)
+    edge = _edge(log.detach(), wanted)
+    # One step of Newton's method, which is zero, and whose gradient is the edge's.
+    soft = torch.sigmoid((log - edge) / SOFT)
+    slope = (soft * (1 - soft)).detach().sum(1, keepdim=True).clamp(min=1e-9)
+    edge = edge + (soft.sum(1, keepdim=True) - wanted) * SOFT / slope
     inside = torch.sigmoid((log - edge) / SOFT)
     result: Tensor = ((1 - inside) * effect).sum(1) / effect.sum(1).clamp(min=1e-9)
     return result.mean()
+
+
+def _edge(log: Tensor, wanted: Tensor) -> Tensor:
+    """Where a soft set of ``log`` [n, P] begins that holds ``wanted`` [n, 1] pages, by bisection."""
+    low, high = log.amin(1, keepdim=True) - 20 * SOFT, log.amax(1, keepdim=True) + 20 * SOFT
+    for _ in range(40):
+        middle = (low + high) / 2
+        many = torch.sigmoid((log - middle) / SOFT).sum(1, keepdim=True) > wanted
+        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
+    return (low + high) / 2
 
 
 @torch.no_grad()

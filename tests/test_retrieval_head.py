@@ -17,7 +17,7 @@ from edgert.export.retrieval_fit import Moments, choose_heads, reduced
 from edgert.export.retrieval_head import Request, export_retrieval_head
 from edgert.export.retrieval_text import lookup_sequence
 from edgert.export.retrieval_trace import Tracer, full_layers
-from edgert.export.retrieval_train import Sequences, evaluate, train
+from edgert.export.retrieval_train import Sequences, evaluate, lost, train
 from edgert.export.sidecar_writer import write_part
 from edgert.export.torch_decoder import TorchDecoder
 from tier_caches import BUDGET, LENGTH, SLOTS, Floats, Ids, assert_saved_goes_on_alike, cache, read, steps
@@ -409,6 +409,18 @@ def test_training_loses_less_on_sequences_it_did_not_see(tmp_path: Path) -> None
     after, _ = evaluate(head, unseen)
     assert after < before
     assert after < without
+
+
+def test_what_is_lost_depends_on_the_order_of_pages_alone() -> None:
+    """Else training makes all pages worth more instead of the right ones."""
+    generator = torch.Generator().manual_seed(0)
+    value, effect = torch.rand(4, 80, generator=generator), torch.rand(4, 80, generator=generator)
+    assert lost(7 * value, effect).item() == pytest.approx(lost(value, effect).item(), abs=1e-5)
+    assert lost(effect, effect) < lost(value, effect) < lost(1 - effect, effect)
+    log = value.log().requires_grad_()
+    torch.autograd.backward(lost(log.exp(), effect))
+    assert log.grad is not None and log.grad.abs().max() > 1e-5
+    assert log.grad.sum().abs() < 1e-3 * log.grad.abs().sum()
 
 
 def test_lookups_ask_for_what_stands_far_back() -> None:
