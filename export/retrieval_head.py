@@ -39,6 +39,9 @@ from edgert.tokenizer import Tokenizer
 MAIN = ("prose", "code", "chat")
 SHARE = 0.1  # of the parameters of a draft layer and the embedding, that the head may have
 RANK, HEADS = 256, 24
+# Of what the head says beside past votes. Training, which looks at the mean, would have it outweigh them, and
+# steps that need a page for a long time lose it.
+SCALES = (1.0, 0.3, 0.1, 0.03)
 
 Note = Callable[[str], None]
 Steps = Callable[[str, int], Callable[[int], None]]
@@ -101,37 +104,52 @@ def export_retrieval_head(
     keys = [_moment(traces, layer, head) for layer, head in places]
     head = reduced(tracer, moments, full, places, worth, rank, keys)
     del moments, full
-    known, unknown = Sequences(tracer, traces, places), None
-    train(head, known, request.steps, request.seed, work.path("training"), steps("training", request.steps))
-    tensors = _tensors(head)
-    _round(head, tensors)
-    unknown = Sequences(tracer, _traces(tracer, held, "held", work, steps, ahead=True), places)
-    lost, without = evaluate(head, unknown)
-    shares = recall(head, unknown)
-    parameters = sum(p.numel() for p in head.parameters())
+    checkpoint, done = work.path("training"), steps("training", request.steps)
+    train(head, Sequences(tracer, traces, places), request.steps, request.seed, checkpoint, done)
+    _round(head)
     metadata: dict[str, Value] = {
         "edgert.retrieval.layers": np.asarray([tracer.layers[layer] for layer, _ in places], np.int32),
         "edgert.retrieval.heads": np.asarray([h for _, h in places], np.int32),
         "edgert.retrieval.predictor": "head",
         "edgert.retrieval.quality": "{}",
     }
-    trial = work.path("trial.gguf")
-    write_part(trial, model, "retrieval", metadata, tensors)
+
+    def trial(name: str) -> _native.GgufFile:
+        path = work.path(f"trial-{name}.gguf")
+        write_part(path, model, "retrieval", metadata, _tensors(head))
+        return _native.GgufFile(str(path))
+
+    n = request.others
+    kinds = [fit[-2 * n - 1], fit[-n - 1], fit[-1]]  # a text, own words, lookups
+    done = steps("weighing it beside past votes", len(SCALES) * SCORED * len(kinds))
+    trials = {}
+    trained = head.log_worth.detach().clone()
+    for scale in SCALES:
+        head.log_worth.data = trained + math.log(scale)
+        trials[str(scale)] = trial(str(scale))
+    tried = measure(file, spec, trials, kinds, request.budget, done)
+    scale = float(min(tried, key=lambda name: tried[name].kl))
+    head.log_worth.data = trained + math.log(scale)
+    unknown = Sequences(tracer, _traces(tracer, held, "held", work, steps, ahead=True), places)
+    lost, without = evaluate(head, unknown)
+    shares = recall(head, unknown)
+    parameters = sum(p.numel() for p in head.parameters())
     done = steps("measuring the result", 2 * SCORED * len(held))
-    losses = measure(file, spec, _native.GgufFile(str(trial)), held, request.budget, done)
+    losses = measure(file, spec, {"votes": None, "head": trial("best")}, held, request.budget, done)
     better = "head" if losses["head"].kl < losses["votes"].kl else "votes"
     quality: dict[str, Any] = {
         "parameters": parameters,
         "share_of_draft_layer_and_embedding": round(parameters / _draft_parameters(tracer), 4),
         "worth_left_out": {"head": round(lost, 4), "votes": round(without, 4)},
         "page_recall": shares,
+        "scale": scale,
         **{name: {k: round(v, 5) for k, v in vars(loss).items()} for name, loss in losses.items()},
         "tokens": [len(ids) for ids in held],
         "budget": request.budget,
     }
     metadata["edgert.retrieval.predictor"] = better
     metadata["edgert.retrieval.quality"] = json.dumps(quality)
-    write_part(target, model, "retrieval", metadata, tensors)
+    write_part(target, model, "retrieval", metadata, _tensors(head))
     work.remove()
     return Exported(target, better, quality)
 
@@ -263,8 +281,9 @@ def _tensors(head: Head) -> list[Tensor]:
     ]
 
 
-def _round(head: Head, tensors: Sequence[Tensor]) -> None:
-    """Give ``head`` the numbers that the file holds."""
+def _round(head: Head) -> None:
+    """Give ``head`` the numbers that the file will hold."""
+    down, up, *_ = _tensors(head)
     with torch.no_grad():
-        for parameter, t in ((head.down, tensors[0]), (head.up, tensors[1])):
+        for parameter, t in ((head.down, down), (head.up, up)):
             parameter.copy_(torch.from_numpy(dequantise(t.data, t.type, t.shape[1])))

@@ -4,7 +4,7 @@ the loss of the native engine's steps end to end."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,23 +82,23 @@ class Loss:
 def measure(
     file: _native.GgufFile,
     spec: ModelSpec,
-    sidecar: _native.GgufFile,
+    sidecars: Mapping[str, _native.GgufFile | None],
     sequences: Sequence[Sequence[int]],
     budget: int,
     progress: Callable[[int], None],
 ) -> dict[str, Loss]:
-    """What steps lose whose pages are chosen by past votes, or by the head of ``sidecar`` as well: the same
-    number of pages in memory."""
+    """What steps lose whose pages are chosen by past votes alone (None) or by the head of a sidecar as well:
+    the same number of pages in memory."""
     found = {}
     full: list[Any] = []
-    for name, retrieval in (("votes", None), ("head", sidecar)):
+    for name, retrieval in sidecars.items():
         model = _native.Model(file, spec.as_dict(), 0, None, retrieval)
         kl: list[float] = []
         agreed = 0
         with tempfile.TemporaryDirectory(prefix="edgert-export-") as directory:
             for n, ids in enumerate(sequences):
                 start = len(ids) - SCORED
-                if name == "votes":
+                if len(full) == n:
                     full.append(_log_probabilities(_full(model, ids, start)))
                 pages = int(sealed_pages(torch.tensor([len(ids)]))[0])
                 slots = max(least_slots(budget), TAIL + int(pages * SET))
