@@ -56,7 +56,13 @@ class Graph:
         self._outputs.append(helper.make_tensor_value_info(name, _TYPES[dtype], shape))
 
     def node(
-        self, op: str, *inputs: str, name: str = "", shape: Shape | None = None, dtype: str = "float32", **more: Any
+        self,
+        op: str,
+        *inputs: str,
+        name: str = "",
+        shape: Shape | None = None,
+        dtype: str = "float32",
+        **more: Any,
     ) -> str:
         """A standard operator with one output, whose name is returned. ``shape`` and ``dtype`` are said of outputs
         that shape inference cannot find."""
@@ -118,7 +124,9 @@ class Graph:
         """The weight ``of`` once more, by another name and in another shape."""
         if name not in self._initializers:
             original = self._initializers[of]
-            place = {entry.key: int(entry.value) for entry in original.external_data if entry.key != "location"}
+            place = {
+                entry.key: int(entry.value) for entry in original.external_data if entry.key != "location"
+            }
             dtype = next(k for k, v in _TYPES.items() if v == original.data_type)
             self._external(name, dtype, shape, place["offset"], place["length"])
         return name

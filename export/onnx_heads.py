@@ -79,9 +79,7 @@ def add_heads(g: Graph, w: Weights, spec: ModelSpec, head: Stored, states: str, 
     g.output("logits", "float32", (1, "dense_rows" if flash else "S", spec.vocab_size))
 
 
-def _alternatives(
-    g: Graph, w: Weights, spec: ModelSpec, head: Stored, states: str, flash: Flash
-) -> None:
+def _alternatives(g: Graph, w: Weights, spec: ModelSpec, head: Stored, states: str, flash: Flash) -> None:
     n, v = flash.tokens.shape[1] * flash.chosen, spec.vocab_size
     g.input("flash", "bool", (), np.array(False))
     branches: list[Any] = []

@@ -69,12 +69,13 @@ class Attention:
         self._positions = g.node("Cast", "positions", to=11, name="positions_f64")
         self._angles: dict[tuple[float, float], tuple[str, str]] = {}
         length = g.node("Cast", g.node("Shape", "positions", start=1, end=2), to=6)
-        self._slots = {False: self._counts("filled", length)}
+        first = g.node("Cast", g.node("Gather", "positions", g.constant(np.array(0)), axis=1), to=6)
+        filled = g.input("filled", "int32", (1,), np.array([-1], np.int32))
+        unsaid = g.node("Less", filled, g.constant(np.array(0, np.int32)))
+        self._slots = {False: self._counts(g.node("Where", unsaid, first, filled), length)}
         if any(layer.window for layer in spec.layers):
-            start = g.input("window_start", "int64", (1,), np.zeros(1, np.int64))
-            zero = g.constant(np.array(0, np.int64))
-            before = g.node("Sub", g.node("Gather", "positions", zero, axis=1), start)
-            self._slots[True] = self._counts(g.node("Cast", before, to=6), length)
+            start = g.input("window_start", "int32", (1,), np.zeros(1, np.int32))
+            self._slots[True] = self._counts(g.node("Sub", first, start), length)
 
     def _counts(self, filled: str, length: str) -> tuple[str, str]:
         """What GroupQueryAttention wants to know of a cache: slots in use after the pass less 1, [1], and slots in

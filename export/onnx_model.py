@@ -4,12 +4,13 @@ Inputs (those with a default may be left out):
 
     input_ids     int64 [1, T]      the new tokens
     positions     int64 [1, T]      their positions in the text, increasing by 1
-    filled        int32 [1]         slots in use; the new tokens take the T after them
+    filled        int32 [1]         slots in use; the new tokens take the T after them. Default: [-1], as many as
+                                    positions before the first new token
     rows          int64 [R]         tokens of this pass whose logits are wanted, 0 .. T - 1; default: [-1], the last
     flash         bool []           whether the FlashHead scores instead of the dense head; default: false.
                                     Only in graphs with a FlashHead
     more_states   float32 [1, E, dim]  final states of earlier passes to be scored too; default: none
-    window_start  int64 [1]         positions before this one have left the caches of windowed layers; default: 0.
+    window_start  int32 [1]         positions before this one have left the caches of windowed layers; default: 0.
                                     Only in graphs with such layers
     k.i, v.i      float32 [1, KV heads, slots, head dim]   cache of attention layer i; in windowed layers
                                     window_slots in place of slots
@@ -34,6 +35,7 @@ hold the positions from ``window_start`` to that of the first new token, in orde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -51,16 +53,21 @@ PRODUCER = "edgert"
 
 
 def build(
-    file: _native.GgufFile, spec: ModelSpec, quant: str, sidecar: Sidecar | None, data: BinaryIO, location: str
+    file: _native.GgufFile,
+    spec: ModelSpec,
+    quant: str,
+    sidecar: Sidecar | None,
+    data: BinaryIO,
+    location: str,
+    done: Callable[[int], None],
 ) -> tuple[onnx.ModelProto, Flash | None]:
     """The graph of the GGUF model ``file`` with its matrices as ``quant``, and its FlashHead where ``sidecar`` is
-    given. Weights are written to ``data``, which the graph calls ``location``. Raises ModelFileError for a damaged
-    file and OSError."""
+    given. Weights are written to ``data``, which the graph calls ``location``; ``done`` counts the tensors that are.
+    Raises ModelFileError for a damaged file, and OSError."""
     g = Graph(data, location)
-    w = Weights(file, quant, g)
+    w = Weights(file, quant, g, done)
     g.input("input_ids", "int64", (1, "T"))
     g.input("positions", "int64", (1, "T"))
-    g.input("filled", "int32", (1,))
     g.input("rows", "int64", ("R",), np.array([-1]))
     g.input("more_states", "float32", (1, "E", spec.dim), np.zeros((1, 0, spec.dim), np.float32))
     flash = Flash.of(sidecar) if sidecar else None

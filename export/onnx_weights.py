@@ -12,7 +12,7 @@ value = scale * (code - 128 or 8). Matrices whose rows are no multiple of 32 lon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -39,20 +39,22 @@ class Stored:
 
 
 class Weights:
-    """The tensors of ``file`` as ``quant`` in ``graph``. Matrices are named by their tensors."""
+    """The tensors of ``file`` as ``quant`` in ``graph``. Matrices are named by their tensors. ``done`` counts what was
+    read."""
 
-    def __init__(self, file: _native.GgufFile, quant: str, graph: Graph) -> None:
-        self._file, self._quant, self._graph = file, quant, graph
+    def __init__(self, file: _native.GgufFile, quant: str, graph: Graph, done: Callable[[int], None]) -> None:
+        self._file, self._quant, self._graph, self._done = file, quant, graph, done
         self._pool = ThreadPoolExecutor(2)
 
     def vector(self, name: str) -> str:
         """A tensor as it is, in float32."""
-        values = self._file.dequantize(name)
+        values = self.read(name)
         return self._graph.weight(name, "float32", values.shape, [values])
 
     def read(self, name: str) -> Matrix:
         """A tensor's values, float32."""
         values: Matrix = self._file.dequantize(name)
+        self._done(1)
         return values
 
     def matrix(self, names: Sequence[str], by_row: bool = False) -> Stored:
@@ -154,4 +156,6 @@ def regroup(data: Codes, bits: int) -> tuple[Codes, Matrix]:
         return codes ^ 128, scales
     # Byte j has values j and j + 16.
     low, high = codes & 15, codes >> 4
-    return np.concatenate([low[..., 0::2] | low[..., 1::2] << 4, high[..., 0::2] | high[..., 1::2] << 4], -1), scales
+    return np.concatenate(
+        [low[..., 0::2] | low[..., 1::2] << 4, high[..., 0::2] | high[..., 1::2] << 4], -1
+    ), scales
