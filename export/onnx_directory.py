@@ -32,7 +32,7 @@ from edgert.sidecar import Sidecar
 from edgert.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from edgert.export.onnx_heads import Flash
+    from edgert.export.onnx_flash import Flash
     from edgert.models import ModelSpec
 
 FORMAT = 1
@@ -193,10 +193,7 @@ def _description(
     if flash:
         head = {
             "recipe": flash.sidecar.recipe,
-            "cluster_size": flash.tokens.shape[1],
-            "clusters": len(flash.tokens),
-            "chosen": flash.chosen,
-            "tokens": flash.chosen * flash.tokens.shape[1],
+            "tokens": flash.count,
             "quality": flash.sidecar.quality,
         }
     names = ("bos_id", "eos_id")

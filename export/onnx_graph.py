@@ -66,14 +66,14 @@ class Graph:
     ) -> str:
         """A standard operator with one output, whose name is returned. ``shape`` and ``dtype`` are said of outputs
         that shape inference cannot find."""
-        return self.nodes(op, inputs, [name or self._fresh(op)], shape, dtype, **more)[0]
+        return self.nodes(op, inputs, [name or self.fresh(op)], shape, dtype, **more)[0]
 
     def contrib(
         self, op: str, *inputs: str, shape: Shape, name: str = "", outputs: Sequence[str] = (), **more: Any
     ) -> str:
         """An operator of ONNX Runtime's own; ``shape`` is that of its first output, a float32, ``outputs`` are the
         names of the others."""
-        names = [name or self._fresh(op), *outputs]
+        names = [name or self.fresh(op), *outputs]
         return self.nodes(op, inputs, names, shape, "float32", domain=CONTRIB, **more)[0]
 
     def nodes(
@@ -93,13 +93,13 @@ class Graph:
 
     def split(self, x: str, sizes: Sequence[int], names: Sequence[str]) -> Sequence[str]:
         """``x`` cut along its last axis."""
-        outputs = [self._fresh(name) for name in names]
+        outputs = [self.fresh(name) for name in names]
         return self.nodes("Split", [x, self.constant(np.array(sizes, np.int64))], outputs, axis=-1)
 
     def constant(self, value: npt.NDArray[Any]) -> str:
         """A small array, in the model itself; equal ones are stored once."""
         kind = f"{value.dtype}_{'x'.join(map(str, value.shape)) or 'scalar'}"
-        name = f"const_{kind}_{value.tobytes().hex()}" if value.nbytes <= 64 else self._fresh(f"const_{kind}")
+        name = f"const_{kind}_{value.tobytes().hex()}" if value.nbytes <= 64 else self.fresh(f"const_{kind}")
         if name not in self._initializers:
             self._initializers[name] = numpy_helper.from_array(value, name)
         return name
@@ -150,7 +150,8 @@ class Graph:
         into.append(helper.make_graph(self._nodes, name, [], outputs, value_info=self._shapes))
         self._nodes, self._shapes = kept
 
-    def _fresh(self, what: str) -> str:
+    def fresh(self, what: str) -> str:
+        """A name that nothing has yet."""
         self._count += 1
         return f"{what}_{self._count}"
 

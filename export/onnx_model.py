@@ -40,8 +40,9 @@ from typing import BinaryIO
 
 import numpy as np
 import onnx
+from edgert.export.onnx_flash import Flash
 from edgert.export.onnx_graph import Graph
-from edgert.export.onnx_heads import Flash, add_heads
+from edgert.export.onnx_heads import add_heads
 from edgert.export.onnx_layers import add_body, norm
 from edgert.export.onnx_weights import Weights
 from edgert.models import ModelSpec
