@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from edgert.models import ModelSpec
+from onnx import numpy_helper
 
 from edgert.tokenizer import Tokenizer
 
@@ -18,10 +20,19 @@ def write_genai(
     directory: Path, graph: onnx.ModelProto, spec: ModelSpec, context: int, tokenizer: Tokenizer
 ) -> None:
     """The graph as onnxruntime-genai runs it: without inputs that it does not know, with one row of logits."""
-    known = {"input_ids", "positions"}
     model = onnx.ModelProto()
     model.CopyFrom(graph)
-    inputs = [i for i in model.graph.input if i.name in known or "." in i.name]
+    fixed = {
+        "filled": np.array([-1], np.int32),
+        "rows": np.array([-1]),
+        "more_states": np.zeros((1, 0, spec.dim), np.float32),
+        "flash": np.array(False),
+        "window_start": np.zeros(1, np.int32),
+    }
+    inputs = [i for i in model.graph.input if i.name not in fixed]
+    constants = [fixed[i.name] for i in model.graph.input if i.name in fixed]
+    names = [i.name for i in model.graph.input if i.name in fixed]
+    model.graph.initializer.extend(map(numpy_helper.from_array, constants, names))
     outputs = [o for o in model.graph.output if o.name == "logits" or "_out." in o.name]
     for old, kept in ((model.graph.input, inputs), (model.graph.output, outputs)):
         copies = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in kept]

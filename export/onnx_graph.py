@@ -45,11 +45,8 @@ class Graph:
         self._initializers: dict[str, TensorProto] = {}
         self._count = 0
 
-    def input(self, name: str, dtype: str, shape: Shape, default: npt.NDArray[Any] | None = None) -> str:
-        """An input; with a ``default`` it may be left out of a run."""
+    def input(self, name: str, dtype: str, shape: Shape) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, _TYPES[dtype], shape))
-        if default is not None:
-            self._initializers[name] = numpy_helper.from_array(default, name)
         return name
 
     def output(self, name: str, dtype: str, shape: Shape) -> None:

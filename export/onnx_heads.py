@@ -27,7 +27,7 @@ def add_heads(g: Graph, w: Weights, spec: ModelSpec, head: Stored, states: str, 
 
 def _alternatives(g: Graph, w: Weights, spec: ModelSpec, head: Stored, states: str, flash: Flash) -> None:
     n, v = flash.count, spec.vocab_size
-    g.input("flash", "bool", (), np.array(False))
+    g.input("flash", "bool", ())
     branches: list[Any] = []
     with g.branch(branches, "flash_head") as outputs:
         ids, logits = add_flash_head(g, w, spec, head, states, flash)

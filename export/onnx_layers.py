@@ -70,11 +70,11 @@ class Attention:
         self._angles: dict[tuple[float, float], tuple[str, str]] = {}
         length = g.node("Cast", g.node("Shape", "positions", start=1, end=2), to=6)
         first = g.node("Cast", g.node("Gather", "positions", g.constant(np.array(0)), axis=1), to=6)
-        filled = g.input("filled", "int32", (1,), np.array([-1], np.int32))
+        filled = g.input("filled", "int32", (1,))
         unsaid = g.node("Less", filled, g.constant(np.array(0, np.int32)))
         self._slots = {False: self._counts(g.node("Where", unsaid, first, filled), length)}
         if any(layer.window for layer in spec.layers):
-            start = g.input("window_start", "int32", (1,), np.zeros(1, np.int32))
+            start = g.input("window_start", "int32", (1,))
             self._slots[True] = self._counts(g.node("Sub", first, start), length)
 
     def _counts(self, filled: str, length: str) -> tuple[str, str]:

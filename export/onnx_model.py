@@ -1,17 +1,16 @@
 """The decoder of any :class:`ModelSpec` as one ONNX graph, for prompts and for single steps.
 
-Inputs (those with a default may be left out):
+Inputs:
 
     input_ids     int64 [1, T]      the new tokens
     positions     int64 [1, T]      their positions in the text, increasing by 1
-    filled        int32 [1]         slots in use; the new tokens take the T after them. Default: [-1], as many as
+    filled        int32 [1]         slots in use; the new tokens take the T after them. -1: as many as there are
                                     positions before the first new token
-    rows          int64 [R]         tokens of this pass whose logits are wanted, 0 .. T - 1; default: [-1], the last
-    flash         bool []           whether the FlashHead scores instead of the dense head; default: false.
-                                    Only in graphs with a FlashHead
-    more_states   float32 [1, E, dim]  final states of earlier passes to be scored too; default: none
-    window_start  int32 [1]         positions before this one have left the caches of windowed layers; default: 0.
-                                    Only in graphs with such layers
+    rows          int64 [R]         tokens of this pass whose logits are wanted, 0 .. T - 1, or -1 for the last one
+    more_states   float32 [1, E, dim]   final states of earlier passes to be scored too; E may be 0
+    flash         bool []           whether the FlashHead scores instead of the dense head. Only in graphs with one
+    window_start  int32 [1]         positions before this one have left the caches of windowed layers, else 0. Only
+                                    in graphs with such layers
     k.i, v.i      float32 [1, KV heads, slots, head dim]   cache of attention layer i; in windowed layers
                                     window_slots in place of slots
     conv.i        float32 [1, dim, taps - 1]   what convolution layer i saw last; zeros at the start
@@ -20,7 +19,8 @@ Outputs:
 
     logits        float32 [1, R + E, vocab]    by the dense head; [1, 0, vocab] where ``flash`` is true
     hidden        float32 [1, R, dim]          final states of ``rows``, normalised: what the heads see
-    flash_ids     int64   [1, R + E, N]        the tokens that the FlashHead scored, each once
+    flash_ids     int64   [1, R + E, N]        the tokens that the FlashHead scored, each once; [1, 0, N] where
+                                               ``flash`` is false
     flash_logits  float32 [1, R + E, N]        their logits; -inf (and id 0) where a cluster has fewer tokens
     k_out.i, v_out.i, conv_out.i               the caches after the pass
 
@@ -69,8 +69,8 @@ def build(
     w = Weights(file, quant, g, done)
     g.input("input_ids", "int64", (1, "T"))
     g.input("positions", "int64", (1, "T"))
-    g.input("rows", "int64", ("R",), np.array([-1]))
-    g.input("more_states", "float32", (1, "E", spec.dim), np.zeros((1, 0, spec.dim), np.float32))
+    g.input("rows", "int64", ("R",))
+    g.input("more_states", "float32", (1, "E", spec.dim))
     flash = Flash.of(sidecar) if sidecar else None
     table = w.matrix(["token_embd.weight"], by_row=True)
     x = add_body(g, w, spec, w.rows(table, "input_ids", (1, "T", spec.dim)))
