@@ -102,7 +102,7 @@ def add_flash_head(
     zero = g.constant(np.array(0, np.int64))
     ids = g.node("Max", found, zero)
     if head.bits:
-        logits = _integer_scores(g, head, states, ids)
+        logits = _integer_scores(g, w, head, states, ids)
     else:
         rows = w.rows(head, ids, (1, "S", flash.count, spec.dim))
         column = g.node("Unsqueeze", states, _shape(g, 3))
@@ -111,7 +111,7 @@ def add_flash_head(
     return ids, g.node("Where", nobody, g.constant(np.array(-np.inf, np.float32)), logits)
 
 
-def _integer_scores(g: Graph, head: Stored, states: str, ids: str) -> str:
+def _integer_scores(g: Graph, w: Weights, head: Stored, states: str, ids: str) -> str:
     """Products of ``states`` [1, S, dim] with rows ``ids`` [1, S, N] of a quantised head, [1, S, N]."""
     blocks = head.cols // BLOCK
     x = g.node("Reshape", states, _shape(g, 1, -1, blocks, BLOCK))
@@ -127,8 +127,7 @@ def _integer_scores(g: Graph, head: Stored, states: str, ids: str) -> str:
     else:
         apart = g.node("Reshape", whole, _shape(g, 1, -1, blocks, BLOCK, 1))
         low = high = _diagonal(g, apart, blocks, BLOCK)
-    flat = g.same_bytes(head.name + ".flat", head.name, (head.rows, head.cols * head.bits // 8))
-    codes = g.node("Gather", flat, ids)
+    codes = g.node("Gather", w.flat(head), ids)
     low_codes = g.node("BitwiseAnd", codes, g.constant(np.array(15, np.uint8)))
     high_codes = g.node("BitShift", codes, g.constant(np.array(4, np.uint8)), direction="RIGHT")
     sums = g.node("MatMulInteger", high_codes, high)

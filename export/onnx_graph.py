@@ -1,8 +1,7 @@
 """Builds one ONNX graph: nodes, small constants, and weights that go to a file of their own as they come.
 
-Weights are external data: each lies in one file at a multiple of :data:`ALIGNMENT` (a page, so that a runtime can
-map it), in the order of :meth:`Graph.weight`. Two initializers may name the same bytes (:meth:`Graph.same_bytes`):
-a matrix that two operators want in different shapes is stored once.
+Weights are external data: each lies in one file at a multiple of :data:`ALIGNMENT`, a page, so that a runtime can map
+it.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ class Graph:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: dict[str, TensorProto] = {}
+        self._stored: dict[str, tuple[str, int, int]] = {}  # name -> dtype, offset, bytes
         self._count = 0
 
     def input(self, name: str, dtype: str, shape: Shape) -> str:
@@ -103,6 +103,11 @@ class Graph:
 
     def weight(self, name: str, dtype: str, shape: Sequence[int], parts: Iterable[npt.NDArray[Any]]) -> str:
         """An initializer whose bytes are those of ``parts``, one after the other."""
+        self.store(name, dtype, parts)
+        return self.view(name, shape)
+
+    def store(self, name: str, dtype: str, parts: Iterable[npt.NDArray[Any]]) -> None:
+        """Write the bytes of ``parts``, of which :meth:`view` makes initializers."""
         self._data.write(bytes(-self._at % ALIGNMENT))
         self._at += -self._at % ALIGNMENT
         size = 0
@@ -110,31 +115,30 @@ class Graph:
             raw = np.ascontiguousarray(part)
             self._data.write(raw.data)
             size += raw.nbytes
-        expected = math.prod(shape) * np.dtype(dtype).itemsize
-        if size != expected:
-            raise ValueError(f"{name}: expected {expected} bytes for {dtype} {list(shape)}, found {size}")
-        self._external(name, dtype, shape, self._at, size)
+        self._stored[name] = dtype, self._at, size
         self._at += size
-        return name
 
-    def same_bytes(self, name: str, of: str, shape: Sequence[int]) -> str:
-        """The weight ``of`` once more, by another name and in another shape."""
-        if name not in self._initializers:
-            original = self._initializers[of]
-            place = {
-                entry.key: int(entry.value) for entry in original.external_data if entry.key != "location"
-            }
-            dtype = next(k for k, v in _TYPES.items() if v == original.data_type)
-            self._external(name, dtype, shape, place["offset"], place["length"])
-        return name
+    def view(self, name: str, shape: Sequence[int]) -> str:
+        """An initializer of this ``shape`` on the stored bytes ``name``. There may be several of other shapes: a
+        matrix that two operators want differently is stored once."""
+        dtype, offset, length = self._stored[name]
+        expected = math.prod(shape) * np.dtype(dtype).itemsize
+        if length != expected:
+            raise ValueError(f"{name}: expected {expected} bytes for {dtype} {list(shape)}, found {length}")
+        for other in (name, f"{name}.{len(shape)}d"):
+            if other not in self._initializers:
+                self._initializers[other] = self._external(other, dtype, shape, offset, length)
+            if list(self._initializers[other].dims) == list(shape):
+                return other
+        raise ValueError(f"{name}: two shapes of {len(shape)} dimensions")
 
-    def _external(self, name: str, dtype: str, shape: Sequence[int], offset: int, length: int) -> None:
+    def _external(self, name: str, dtype: str, shape: Sequence[int], offset: int, length: int) -> TensorProto:
         tensor = TensorProto(
             name=name, data_type=_TYPES[dtype], dims=shape, data_location=TensorProto.EXTERNAL
         )
         for key, value in (("location", self._location), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
-        self._initializers[name] = tensor
+        return tensor
 
     @contextmanager
     def branch(self, into: list[onnx.GraphProto], name: str) -> Iterator[list[onnx.ValueInfoProto]]:

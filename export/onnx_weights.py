@@ -80,7 +80,7 @@ class Weights:
                 scales.append(d)
                 yield blocks
 
-        self._graph.weight(name, "uint8", (rows, cols // BLOCK, BLOCK * bits // 8), codes())
+        self._graph.store(name, "uint8", codes())
         self._graph.weight(name + ".scales", "float32", (rows, cols // BLOCK), scales)
         return Stored(name, rows, cols, bits, False, True)
 
@@ -88,8 +88,8 @@ class Weights:
         """A matrix of GGUF's Q4_0 or Q8_0 ``data`` [rows, bytes], value for value."""
         bits = 4 if type == "Q4_0" else 8
         codes, scales = regroup(data, bits)
-        self._graph.weight(name, "uint8", (len(data), cols // BLOCK, BLOCK * bits // 8), [codes])
-        self._graph.weight(name + ".scales", "float32", (len(data), cols // BLOCK), [scales])
+        self._graph.store(name, "uint8", [codes])
+        self._graph.weight(name + ".scales", "float32", scales.shape, [scales])
         return Stored(name, len(data), cols, bits, False, True)
 
     def product(self, x: str, by: Stored, first: Sequence[int | str], bias: str = "") -> str:
@@ -97,7 +97,8 @@ class Weights:
         g = self._graph
         if by.bits:
             more = [bias] if bias else []
-            inputs = [x, by.name, by.name + ".scales", *(["", ""] if bias else []), *more]
+            blocks = g.view(by.name, (by.rows, by.cols // BLOCK, BLOCK * by.bits // 8))
+            inputs = [x, blocks, by.name + ".scales", *(["", ""] if bias else []), *more]
             return g.contrib(
                 "MatMulNBits",
                 *inputs,
@@ -114,16 +115,19 @@ class Weights:
         out = g.node("MatMul", x, matrix)
         return g.node("Add", out, bias) if bias else out
 
+    def flat(self, of: Stored) -> str:
+        """The codes of a quantised matrix, uint8 [rows, cols * bits / 8]."""
+        return self._graph.view(of.name, (of.rows, of.cols * of.bits // 8))
+
     def rows(self, of: Stored, ids: str, shape: Sequence[int | str]) -> str:
         """Rows ``ids`` of a matrix that lies by row, float32 [..., cols] of this ``shape``."""
         g = self._graph
         if not of.bits:
             found = g.node("Gather", of.name, ids)
             return g.node("Cast", found, to=1) if of.half else found
-        flat = g.same_bytes(of.name + ".flat", of.name, (of.rows, of.cols * of.bits // 8))
         return g.contrib(
             "GatherBlockQuantized",
-            flat,
+            self.flat(of),
             ids,
             of.name + ".scales",
             shape=shape,
