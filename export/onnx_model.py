@@ -38,7 +38,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import BinaryIO
 
-import numpy as np
 import onnx
 from edgert.export.onnx_flash import Flash
 from edgert.export.onnx_graph import Graph

@@ -36,9 +36,7 @@ class Run:
     def __init__(self, path: Path, slots: int = SLOTS, window_slots: int = SLOTS) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.shapes = {i.name: i.shape for i in self.session.get_inputs()}
         sizes = {"slots": slots, "window_slots": window_slots}
         self.caches = {

@@ -88,4 +88,6 @@ def test_states_of_earlier_passes_can_be_scored_by_either_head() -> None:
     )
     assert ids.shape[1] == 8
     expected = np.take_along_axis(dense[0], ids[0], 1)
-    assert np.abs(np.where(np.isfinite(logits[0]), logits[0] - expected, 0)).max() < 1e-5 * np.abs(dense).max()
+    assert (
+        np.abs(np.where(np.isfinite(logits[0]), logits[0] - expected, 0)).max() < 1e-5 * np.abs(dense).max()
+    )

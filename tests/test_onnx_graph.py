@@ -89,7 +89,9 @@ def test_slots_may_hold_fewer_than_all_positions() -> None:
     found = run(tokens[40:41], 40, filled=np.array([20], np.int32))[0]
     full = run(tokens[40:41], 40, filled=np.array([40], np.int32))[0]
     assert worst(found, full) > 1e-3
-    assert all(np.array_equal(c.numpy()[:, :, 20], before[n][:, :, 20]) is False for n, c in run.caches.items())
+    assert all(
+        np.array_equal(c.numpy()[:, :, 20], before[n][:, :, 20]) is False for n, c in run.caches.items()
+    )
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral-window"])
@@ -139,7 +141,9 @@ def test_caches_are_written_in_place(name: str) -> None:
     run(tokens[:1], 20)
     for cache_name, cache in run.caches.items():
         assert cache.data_ptr() == places[cache_name]
-        changed = np.nonzero((cache.numpy() != before[cache_name]).any((0, 1, 3) if cache_name[0] in "kv" else (0, 1)))
+        changed = np.nonzero(
+            (cache.numpy() != before[cache_name]).any((0, 1, 3) if cache_name[0] in "kv" else (0, 1))
+        )
         assert changed[0].tolist() == ([20] if cache_name[0] in "kv" else [0, 1])
 
 
