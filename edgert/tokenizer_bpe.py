@@ -53,8 +53,8 @@ def pre_tokenizer_name(metadata: Mapping[str, Any]) -> str:
     name = metadata.get("tokenizer.ggml.pre", "default")
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise TokenizerError(
-            f"unknown pre-tokenizer {str(name)[:60]!r} (tokenizer.ggml.pre); edgert knows {', '.join(PRE_TOKENIZERS)}: "
-            "use a model with one of these, or engine='llamacpp'"
+            f"unknown pre-tokenizer {str(name)[:60]!r} (tokenizer.ggml.pre); edgert knows "
+            f"{', '.join(PRE_TOKENIZERS)}: use a model with one of these, or engine='llamacpp'"
         )
     return name
 

@@ -1,5 +1,5 @@
-"""`edgert export`: makes a GGUF file of a Hugging Face directory, the sidecar of a model, or a directory for ONNX
-Runtime. Figures go to stderr, the result to stdout."""
+"""`edgert export`: makes a GGUF file of a Hugging Face directory, the sidecar of a model, or a directory for
+ONNX Runtime. Figures go to stderr, the result to stdout."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
         choices=("f32", "f16", "int8", "int4"),
-        help=f"type of the matrices of an ONNX export (default: int4), or of a directory's in the .gguf file "
+        help="type of matrices: of an ONNX export (default: int4), of a directory's in a .gguf file "
         f"(default: {QUANT})",
     )
     parser.add_argument(
         "--flash-head",
         action="store_true",
-        help="cluster the vocabulary head (FlashHead) into the sidecar; with --format onnx: into the graph, from "
-        "the sidecar, which is made when there is none",
+        help="cluster the vocabulary head (FlashHead) into the sidecar; with --format onnx: into the graph, "
+        "from the sidecar, which is made when there is none",
     )
     parser.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="--format onnx: positions a session has by default; default: 4096, or what the model was made for "
-        "where that is less",
+        help="--format onnx: positions a session has by default; default: 4096, or what the model was made "
+        "for where that is less",
     )
     parser.add_argument(
         "--retrieval-head",
@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="PATH",
-        help="the ONNX directory, else the sidecar where one is asked for, else the .gguf file; default for the "
-        "last two: beside the model",
+        help="the ONNX directory, else the sidecar where one is asked for, else the .gguf file; default for "
+        "the last two: beside the model",
     )
     parser.add_argument("--cluster-size", type=int, metavar="N", help="tokens a cluster; default: searched")
     parser.add_argument("--probes", type=int, metavar="N", help="clusters scored; default: what reaches A")
@@ -93,10 +93,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(
             "nothing to export; add --flash-head or --retrieval-head, or give a Hugging Face model directory"
         )
-    if directory:
-        model = _convert(directory, args)
-    else:
-        model = _file(args.model)
+    model = _convert(directory, args) if directory else _file(args.model)
     if args.flash_head:
         _flash_head(model, args)
     if args.retrieval_head:

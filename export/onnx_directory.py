@@ -5,7 +5,8 @@ model.onnx.data     its weights
 edgert.json         what all this is: see :func:`_description`
 tokenizer.gguf      the keys ``tokenizer.*`` of the model, from which edgert makes its tokenizer
 tokenizer.json      the same tokenizer for other tools
-genai.onnx, genai_config.json, tokenizer_config.json   the graph for onnxruntime-genai, on the same weights; not for
+genai.onnx, genai_config.json, tokenizer_config.json   the graph for onnxruntime-genai, on the same weights;
+not for
                     models with convolutions
 """
 
@@ -45,8 +46,8 @@ Steps = Callable[[str, int], Callable[[int], None]]
 
 @dataclass(frozen=True)
 class Request:
-    """``source``: the model, a .gguf file or a Hugging Face directory. ``context``: positions a session has by
-    default; None: :data:`CONTEXT`, or what the model was made for where that is less."""
+    """``source``: the model, a .gguf file or a Hugging Face directory. ``context``: positions a session has
+    by default; None: :data:`CONTEXT`, or what the model was made for where that is less."""
 
     source: Path
     quant: str = QUANT
@@ -57,9 +58,9 @@ class Request:
 def export_directory(
     request: Request, target: Path, make_head: Callable[[Path], None], note: Note, steps: Steps
 ) -> Path:
-    """Write the directory ``target``, whole or not at all; an export that is there is replaced. ``make_head`` makes
-    the sidecar of a .gguf file that has none, beside it. Raises UsageError, ModelFileError, UnsupportedModelError,
-    TokenizerError, EngineError (the package onnx is missing) and OutputError."""
+    """Write the directory ``target``, whole or not at all; an export that is there is replaced. ``make_head``
+    makes the sidecar of a .gguf file that has none, beside it. Raises UsageError, ModelFileError,
+    UnsupportedModelError, TokenizerError, EngineError (the package onnx is missing) and OutputError."""
     if find_spec("onnx") is None:
         raise EngineError("--format onnx needs the package onnx: pip install 'edgert[export]'")
     _check_target(target)
@@ -84,8 +85,8 @@ def _check_target(target: Path) -> None:
 
 @contextmanager
 def _whole_directory(target: Path) -> Iterator[Path]:
-    """A directory that takes the place of ``target`` once all went well. What a killed process left is removed by
-    the next one."""
+    """A directory that takes the place of ``target`` once all went well. What a killed process left is
+    removed by the next one."""
     new, old = (target.with_name(f".{target.name}.edgert-{what}") for what in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
@@ -187,8 +188,9 @@ def _description(
     tokenizer: Tokenizer,
     flash: Flash | None,
 ) -> dict[str, Any]:
-    """The object in ``edgert.json``, which then gets ``files``: size and SHA-256 of every other file. ``flash_head`` is null or
-    what the graph's FlashHead is: the sidecar's recipe and quality, ``tokens`` scored a step."""
+    """The object in ``edgert.json``, which then gets ``files``: size and SHA-256 of every other file.
+    ``flash_head`` is null or what the graph's FlashHead is: the sidecar's recipe and quality, ``tokens``
+    scored a step."""
     head = None
     if flash:
         head = {

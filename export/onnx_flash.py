@@ -1,20 +1,22 @@
 """The FlashHead of a sidecar as nodes of an ONNX graph (FlashHead, arXiv 2603.14591).
 
-Tokens are scored cheaply, the best are scored with the dense head's own rows. The cheap scores come in one of two ways:
+Tokens are scored cheaply, the best are scored with the dense head's own rows. The cheap scores come in one of
+two ways:
 
-- Routers: a product with a cluster's router is the score of the cluster, and all tokens of the best clusters go on.
-- Low-rank rows: a product with each token's row in a space of low rank. The best tokens go on, :data:`TOKENS_PER_UNIT`
-  times as many as the sidecar keeps units of 16: fewer rows than there are in these units, and as often the right one
-  among them (docs/onnx.md). They are found in two steps, units by their best token and then tokens, since TopK is
-  slow on a whole vocabulary.
+- Routers: a product with a cluster's router is the score of the cluster, and all tokens of the best clusters
+  go on.
+- Low-rank rows: a product with each token's row in a space of low rank. The best tokens go on,
+  :data:`TOKENS_PER_UNIT` times as many as the sidecar keeps units of 16: fewer rows than these units
+  have, and as often the right one among them (docs/onnx.md). They are found in two steps, units by their best
+  token and then tokens, since TopK is slow on a whole vocabulary.
 
-A sidecar that has both, to read fewer low-rank rows, is used without its routers: one product with all rows costs ONNX
-Runtime less than gathering some of them.
+A sidecar that has both, to read fewer low-rank rows, is used without its routers: one product with all rows
+costs ONNX Runtime less than gathering some of them.
 
-The rows of an int4 or int8 head are not made floats, which takes longer than all the rest. The states are rounded to
-int8 in blocks of 32, as MatMulNBits rounds them, and put on the diagonal of a matrix of blocks; a product of
-integers with the half bytes of the rows then gives the sum of each block, and scales make logits of these. They are the
-dense head's to the rounding of float32 sums.
+The rows of an int4 or int8 head are not made floats, which takes longer than all the rest. The states are
+rounded to int8 in blocks of 32, as MatMulNBits rounds them, and put on the diagonal of a matrix of blocks; a
+product of integers with the half bytes of the rows then gives the sum of each block, and scales make logits
+of these. They are the dense head's to the rounding of float32 sums.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ _TO_FLOAT, _TO_INT8 = 1, 3
 
 @dataclass(frozen=True)
 class Flash:
-    """``tokens`` [clusters, size], -1 where a cluster has fewer; ``special`` tokens are always scored; ``clusters``
-    chosen; ``count`` tokens scored."""
+    """``tokens`` [clusters, size], -1 where a cluster has fewer; ``special`` tokens are always scored;
+    ``clusters`` chosen; ``count`` tokens scored."""
 
     sidecar: Sidecar
     tokens: npt.NDArray[np.int64]
@@ -142,8 +144,8 @@ def _integer_scores(g: Graph, w: Weights, head: Stored, states: str, ids: str) -
 
 
 def _diagonal(g: Graph, x: str, blocks: int, size: int) -> str:
-    """int8 [1, S, blocks * size, blocks] with block b of ``x`` [1, S, blocks, size, 1] in rows b * size and on of
-    column b, 0 elsewhere."""
+    """int8 [1, S, blocks * size, blocks] with block b of ``x`` [1, S, blocks, size, 1] in rows b * size and
+    on of column b, 0 elsewhere."""
     eye = np.eye(blocks, dtype=np.float32)[:, None]
     spread = g.node("Cast", g.node("Mul", x, g.constant(eye)), to=_TO_INT8)
     return g.node("Reshape", spread, _shape(g, 1, -1, blocks * size, blocks))

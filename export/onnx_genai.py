@@ -19,7 +19,8 @@ GENAI = "genai.onnx"
 def write_genai(
     directory: Path, graph: onnx.ModelProto, spec: ModelSpec, context: int, tokenizer: Tokenizer
 ) -> None:
-    """The graph as onnxruntime-genai runs it: without inputs that it does not know, with one row of logits."""
+    """The graph as onnxruntime-genai runs it: without inputs that it does not know, with one row of
+    logits."""
     model = onnx.ModelProto()
     model.CopyFrom(graph)
     fixed = {

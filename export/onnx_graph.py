@@ -1,7 +1,7 @@
 """Builds one ONNX graph: nodes, small constants, and weights that go to a file of their own as they come.
 
-Weights are external data: each lies in one file at a multiple of :data:`ALIGNMENT`, a page, so that a runtime can map
-it.
+Weights are external data: each lies in one file at a multiple of :data:`ALIGNMENT`, a page, so that a runtime
+can map it.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ class Graph:
         dtype: str = "float32",
         **more: Any,
     ) -> str:
-        """A standard operator with one output, whose name is returned. ``shape`` and ``dtype`` are said of outputs
-        that shape inference cannot find."""
+        """A standard operator with one output, whose name is returned. ``shape`` and ``dtype`` are said of
+        outputs that shape inference cannot find."""
         return self.nodes(op, inputs, [name or self.fresh(op)], shape, dtype, **more)[0]
 
     def contrib(
         self, op: str, *inputs: str, shape: Shape, name: str = "", outputs: Sequence[str] = (), **more: Any
     ) -> str:
-        """An operator of ONNX Runtime's own; ``shape`` is that of its first output, a float32, ``outputs`` are the
-        names of the others."""
+        """An operator of ONNX Runtime's own; ``shape`` is that of its first output, a float32, ``outputs``
+        are the names of the others."""
         names = [name or self.fresh(op), *outputs]
         return self.nodes(op, inputs, names, shape, "float32", domain=CONTRIB, **more)[0]
 
@@ -119,8 +119,8 @@ class Graph:
         self._at += size
 
     def view(self, name: str, shape: Sequence[int]) -> str:
-        """An initializer of this ``shape`` on the stored bytes ``name``. There may be several of other shapes: a
-        matrix that two operators want differently is stored once."""
+        """An initializer of this ``shape`` on the stored bytes ``name``. There may be several of other
+        shapes: a matrix that two operators want differently is stored once."""
         dtype, offset, length = self._stored[name]
         expected = math.prod(shape) * np.dtype(dtype).itemsize
         if length != expected:
@@ -142,8 +142,8 @@ class Graph:
 
     @contextmanager
     def branch(self, into: list[onnx.GraphProto], name: str) -> Iterator[list[onnx.ValueInfoProto]]:
-        """Nodes made within become a subgraph, appended to ``into``, whose outputs are those that the list given
-        has at the end. It sees all that was made before it."""
+        """Nodes made within become a subgraph, appended to ``into``, whose outputs are those that the list
+        given has at the end. It sees all that was made before it."""
         kept = self._nodes, self._shapes
         self._nodes, self._shapes = [], []
         outputs: list[onnx.ValueInfoProto] = []

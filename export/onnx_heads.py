@@ -15,7 +15,8 @@ from edgert.models import ModelSpec
 
 
 def add_heads(g: Graph, w: Weights, spec: ModelSpec, head: Stored, states: str, flash: Flash | None) -> None:
-    """``states`` [1, R + E, dim]: normalised. ``head`` [vocab, dim] lies by row where there is a FlashHead."""
+    """``states`` [1, R + E, dim]: normalised. ``head`` [vocab, dim] lies by row where there is a
+    FlashHead."""
     if flash is None:
         g.node("Identity", w.product(states, head, (1, "S")), name="logits")
     else:

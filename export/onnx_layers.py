@@ -1,4 +1,5 @@
-"""The layers of any :class:`ModelSpec` as nodes of an ONNX graph; ``export/onnx_model.py`` has its interface."""
+"""The layers of any :class:`ModelSpec` as nodes of an ONNX graph; ``export/onnx_model.py`` has its
+interface."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from edgert.models import LayerSpec, ModelSpec
 
 
 def add_body(g: Graph, w: Weights, spec: ModelSpec, embedded: str) -> str:
-    """Inputs, layers and caches. ``embedded`` [1, T, dim]: the rows of the tokens. Returns the residual stream
-    after the last layer, [1, T, dim]."""
+    """Inputs, layers and caches. ``embedded`` [1, T, dim]: the rows of the tokens. Returns the residual
+    stream after the last layer, [1, T, dim]."""
     x = embedded
     if spec.embed_scale != 1.0:
         x = g.node("Mul", x, g.constant(np.array(spec.embed_scale, np.float32)))
@@ -78,8 +79,8 @@ class Attention:
             self._slots[True] = self._counts(g.node("Sub", first, start), length)
 
     def _counts(self, filled: str, length: str) -> tuple[str, str]:
-        """What GroupQueryAttention wants to know of a cache: slots in use after the pass less 1, [1], and slots in
-        use after the pass, []."""
+        """What GroupQueryAttention wants to know of a cache: slots in use after the pass less 1, [1], and
+        slots in use after the pass, []."""
         g = self._g
         total = g.node("Add", filled, length)
         return g.node("Sub", total, g.constant(np.array(1, np.int32))), g.node("Squeeze", total)
@@ -133,8 +134,8 @@ class Attention:
         )
 
     def _table(self, layer: LayerSpec) -> tuple[str, str]:
-        """cos and sin of the angles of the new tokens, [1, T, rope_dims / 2]: in double precision, since at position
-        8,000 a float's angle is off by a thousandth."""
+        """cos and sin of the angles of the new tokens, [1, T, rope_dims / 2]: in double precision, since at
+        position 8,000 a float's angle is off by a thousandth."""
         g, spec, key = self._g, self._spec, (layer.rope_base, layer.rope_scale)
         if key not in self._angles:
             power = np.arange(spec.rope_dims // 2, dtype=np.float64) * 2 / spec.rope_dims

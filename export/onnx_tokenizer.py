@@ -17,8 +17,9 @@ from edgert.tokenizer_vocab import BYTE, Vocab, read_list, read_vocab
 def tokenizer_json(metadata: Mapping[str, Any]) -> str:
     """The text of ``tokenizer.json`` for the GGUF ``metadata``. Raises TokenizerError.
 
-    SentencePiece's pieces have scores, this format ranked merges: a piece is merged from every two pieces that give it, in the
-    order of the scores. Where scores are equal, a text may get other tokens than edgert gives it."""
+    SentencePiece's pieces have scores, this format ranked merges: a piece is merged from every two pieces
+    that give it, in the order of the scores. Where scores are equal, a text may get other tokens than edgert
+    gives it."""
     spm = metadata["tokenizer.ggml.model"] == "llama"
     tokenizer, vocab = _sentencepiece(metadata) if spm else _byte_level(metadata)
     special = sorted(vocab.control | vocab.user_defined)

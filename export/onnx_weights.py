@@ -1,13 +1,14 @@
 """The matrices of a model in an ONNX graph: products with them and rows of them.
 
-| quant | a matrix [rows, cols] is | a product | a row |
-|---|---|---|---|
-| f32 | float32 [cols, rows] | MatMul | Gather |
-| f16 | float16 [cols, rows] | Cast, MatMul | Gather, Cast |
-| int8, int4 | uint8 [rows, cols / 32, 32 or 16] with float32 scales [rows, cols / 32] | MatMulNBits | GatherBlockQuantized |
+    quant       a matrix [rows, cols] is                          a product      a row
+    f32         float32 [cols, rows]                              MatMul         Gather
+    f16         float16 [cols, rows]                              Cast, MatMul   Gather, Cast
+    int8, int4  uint8 [rows, cols / 32, 32 or 16] and             MatMulNBits    GatherBlockQuantized
+                float32 scales [rows, cols / 32]
 
-Those that rows are taken of lie as [rows, cols] in every type. Blocks are 32 values of one row and their scale;
-value = scale * (code - 128 or 8). Matrices whose rows are no multiple of 32 long are f16 in place of int8 and int4.
+Those that rows are taken of lie as [rows, cols] in every type. Blocks are 32 values of one row and their
+scale; value = scale * (code - 128 or 8). Matrices whose rows are no multiple of 32 long are f16 in place of
+int8 and int4.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _PIECE = 1 << 20  # values quantised at once by one thread
 
 @dataclass(frozen=True)
 class Stored:
-    """A matrix in the graph: ``name`` of its initializer, and ``name`` + ".scales" where ``bits`` is not 0."""
+    """A matrix in the graph: ``name`` of its initializer, and ``name`` + ".scales" where ``bits`` is not
+    0."""
 
     name: str
     rows: int
@@ -39,8 +41,8 @@ class Stored:
 
 
 class Weights:
-    """The tensors of ``file`` as ``quant`` in ``graph``. Matrices are named by their tensors. ``done`` counts what was
-    read."""
+    """The tensors of ``file`` as ``quant`` in ``graph``. Matrices are named by their tensors. ``done`` counts
+    what was read."""
 
     def __init__(self, file: _native.GgufFile, quant: str, graph: Graph, done: Callable[[int], None]) -> None:
         self._file, self._quant, self._graph, self._done = file, quant, graph, done
@@ -58,7 +60,8 @@ class Weights:
         return values
 
     def matrix(self, names: Sequence[str], by_row: bool = False) -> Stored:
-        """The tensors ``names``, one below the other, as one matrix; ``by_row`` where rows of it are wanted."""
+        """The tensors ``names``, one below the other, as one matrix; ``by_row`` where rows of it are
+        wanted."""
         graph, name = self._graph, "+".join(n.removesuffix(".weight") for n in names) + ".weight"
         parts = [self.read(n) for n in names]
         rows, cols = sum(len(p) for p in parts), parts[0].shape[1]
@@ -151,13 +154,13 @@ def blockwise(x: Matrix, bits: int) -> tuple[Codes, Matrix]:
 
 
 def regroup(data: Codes, bits: int) -> tuple[Codes, Matrix]:
-    """GGUF's blocks as MatMulNBits wants them: value 2 j of a block in the low half of byte j and the next one in
-    the high half; int8 with 128 added; scales apart."""
+    """GGUF's blocks as MatMulNBits wants them: value 2 j of a block in the low half of byte j and the next
+    one in the high half; int8 with 128 added; scales apart."""
     blocks = data.reshape(len(data), -1, 2 + BLOCK * bits // 8)
     scales = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0].astype(np.float32)
     codes = blocks[:, :, 2:]
     if bits == 8:
-        return codes ^ 128, scales
+        return codes ^ np.uint8(128), scales
     # Byte j has values j and j + 16.
     low, high = codes & 15, codes >> 4
     return np.concatenate(

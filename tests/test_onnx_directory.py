@@ -1,10 +1,12 @@
-"""The directory of an ONNX export: complete, described, whole or not at all; and the command that writes it."""
+"""The directory of an ONNX export: complete, described, whole or not at all; and the command that writes
+it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from edgert.errors import EngineError, UsageError
 from edgert.tokenizer import Tokenizer
 
 
-def quiet(what: str, total: int) -> object:
+def quiet(_: str, __: int = 0) -> Any:
     return lambda n: None
 
 
@@ -33,8 +35,8 @@ def no_head(model: Path) -> None:
     raise AssertionError("no FlashHead was asked for")
 
 
-def write(source: Path, target: Path, quant: str = "int4", **more: object) -> Path:
-    return export_directory(Request(source, quant, **more), target, no_head, lambda line: None, quiet)  # type: ignore[arg-type]
+def write(source: Path, target: Path, quant: str = "int4", context: int | None = None) -> Path:
+    return export_directory(Request(source, quant, context), target, no_head, quiet, quiet)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2"])
@@ -84,7 +86,7 @@ def test_a_flash_head_comes_from_the_sidecar(tmp_path: Path) -> None:
 
     for _ in range(2):
         request = Request(model, "int4", flash_head=True)
-        target = export_directory(request, tmp_path / "out", make, lambda line: None, quiet)  # type: ignore[arg-type]
+        target = export_directory(request, tmp_path / "out", make, quiet, quiet)
     assert made == [model]  # once: then it was there
     head = json.loads((target / "edgert.json").read_text())["flash_head"]
     assert head == {"recipe": "lowrank", "tokens": 5, "quality": {"agreement": 0.5}}

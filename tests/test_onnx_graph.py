@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -13,8 +14,9 @@ from onnx_runs import Run, export
 from tiny_models import NAMES, prompt, tiny
 
 LENGTH = 60
-# Largest share of the largest logit by which one may differ: for f32 the order of sums, for f16 the rounding of
-# weights. For int8 and int4 the files have such weights already: what is left is the rounding of states to int8.
+# Largest share of the largest logit by which one may differ: for f32 the order of sums, for f16 the rounding
+# of weights. For int8 and int4 the files have such weights already: what is left is the rounding of states to
+# int8.
 BOUNDS = {"f32": 2e-5, "f16": 1e-2, "int8": 0.1, "int4": 0.1}
 FILES = {"f16": "F32", "int8": "Q8_0", "int4": "Q4_0"}
 
@@ -139,10 +141,10 @@ def test_caches_are_written_in_place(name: str) -> None:
     before = {n: c.numpy().copy() for n, c in run.caches.items()}
     places = {n: c.data_ptr() for n, c in run.caches.items()}
     run(tokens[:1], 20)
-    for cache_name, cache in run.caches.items():
-        assert cache.data_ptr() == places[cache_name]
+    for cache_name, value in run.caches.items():
+        assert value.data_ptr() == places[cache_name]
         changed = np.nonzero(
-            (cache.numpy() != before[cache_name]).any((0, 1, 3) if cache_name[0] in "kv" else (0, 1))
+            (value.numpy() != before[cache_name]).any((0, 1, 3) if cache_name[0] in "kv" else (0, 1))
         )
         assert changed[0].tolist() == ([20] if cache_name[0] in "kv" else [0, 1])
 
@@ -158,7 +160,7 @@ def test_weights_are_stored_once(name: str, quant: str) -> None:
         if place:
             spans.add((int(place["offset"]), int(place["length"])))
     ordered = sorted(spans)
-    assert all(a + n <= b for (a, n), (b, _) in zip(ordered, ordered[1:], strict=False))
+    assert all(a + n <= b for (a, n), (b, _) in pairwise(ordered))
     spec = tiny(name).spec
     values = sum(int(np.prod(s)) for s in spec.tensor_shapes().values())
     size = (exported(name, quant).parent / "model.onnx.data").stat().st_size
