@@ -5,10 +5,9 @@ two ways:
 
 - Routers: a product with a cluster's router is the score of the cluster, and all tokens of the best clusters
   go on.
-- Low-rank rows: a product with each token's row in a space of low rank. The best tokens go on,
-  :data:`TOKENS_PER_UNIT` times as many as the sidecar keeps units of 16: fewer rows than these units
-  have, and as often the right one among them (docs/onnx.md). They are found in two steps, units by their best
-  token and then tokens, since TopK is slow on a whole vocabulary.
+- Low-rank rows: a product with each token's row in a space of low rank. The units of 16 tokens with the best
+  tokens are taken, as many as the sidecar keeps, and of their tokens the best, :data:`TOKENS_PER_UNIT` times
+  as many as there are units: here single rows cost no more than neighbours (docs/onnx.md).
 
 A sidecar that has both, to read fewer low-rank rows, is used without its routers: one product with all rows
 costs ONNX Runtime less than gathering some of them.
@@ -55,9 +54,10 @@ class Flash:
         size = UNIT if low else sidecar.cluster_size
         tokens = np.asarray(sidecar.file.get("edgert.head.tokens"), np.int64).reshape(-1, size)
         special = np.asarray(sidecar.file.get("edgert.head.special"), np.int64)
-        wanted = sidecar.keep * TOKENS_PER_UNIT if low else sidecar.probes
-        clusters = min(wanted + len(special), len(tokens))
-        count = min(wanted + len(special), tokens.size) if low else clusters * size
+        clusters = min((sidecar.keep if low else sidecar.probes) + len(special), len(tokens))
+        count = (
+            min(sidecar.keep * TOKENS_PER_UNIT + len(special), clusters * size) if low else clusters * size
+        )
         return cls(sidecar, tokens, special, clusters, count)
 
     def choose(self, g: Graph, w: Weights, states: str) -> str:

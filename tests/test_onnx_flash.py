@@ -69,7 +69,10 @@ def test_the_tokens_with_the_best_scores_are_chosen(recipe: str) -> None:
         found = set(ids[i][np.isfinite(logits[i])]) - {SPECIAL}
         if "lowrank" in recipe:
             scores = matrix("head.rows") @ (matrix("head.projection") @ state)
-            order = flash.tokens.ravel()[np.argsort(-scores)]
+            by_unit = scores.reshape(flash.tokens.shape)
+            worth = np.where((flash.tokens == SPECIAL).any(1), np.inf, by_unit.max(1))
+            units = np.argsort(-worth)[: sidecar.keep + 1]
+            order = flash.tokens[units].ravel()[np.argsort(-by_unit[units].ravel())]
             wanted = [t for t in order if t >= 0 and t != SPECIAL][: sidecar.keep * TOKENS_PER_UNIT]
         else:
             bias = np.frombuffer(sidecar.file.read("head.bias"), np.float32)
