@@ -126,7 +126,7 @@ def quantised(g: Graph, name: str, rows: int, cols: int, bits: int) -> None:
 def product(g: Graph, x: str, name: str, rows: int, cols: int, bits: int, level: int, out: str) -> None:
     blocks = g.view(name, (rows, cols // BLOCK, BLOCK * bits // 8))
     shape = (1, "T", rows)
-    sizes = {"K": cols, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": level}
+    sizes: dict[str, Any] = {"K": cols, "N": rows, "bits": bits, "block_size": BLOCK, "accuracy_level": level}
     g.contrib("MatMulNBits", x, blocks, name + ".scales", shape=shape, name=out, **sizes)
     g.output(out, "float32", shape)
 
