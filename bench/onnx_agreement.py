@@ -1,8 +1,8 @@
 """How often the FlashHead of an exported graph has the dense head's token first: ``python -m
 edgert.bench.onnx_agreement DIR``.
 
-Both heads score the same states of one graph. The text is the held-out part of the calibration text, where the
-sidecar's own figure comes from, and prose and code that no calibration saw.
+Both heads score the same states of one graph. The text is the held-out part of the calibration text, where
+the sidecar's own figure comes from, and prose and code that no calibration saw.
 """
 
 from __future__ import annotations

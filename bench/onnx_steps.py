@@ -1,9 +1,9 @@
 """What passes of an exported graph cost on the CPU: ``python -m edgert.bench.onnx_steps DIR``.
 
 Times are the process's time on the CPU, with one thread, so that they count work and not the waiting of a
-shared machine; ``--wall`` gives elapsed time with ``--threads``. Three tables: a step after 256 tokens with
-caches of more and more slots (a copy of the cache would grow with them), a prompt of 128 tokens and steps by
-either head, and memory over ``--tokens`` steps.
+shared machine; ``--wall`` gives elapsed time with ``--threads``. Three tables: memory over ``--tokens``
+steps, a step after 256 tokens with caches of more and more slots (a copy of the cache would grow with them),
+and a prompt of 128 tokens and steps by either head.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Bench:
 
     def slots(self) -> None:
         """The least and the median time of a step, which a copy of the cache would make grow."""
-        print(f"| slots, {FILLED} filled | step, ms: least | median |\n|---|---|---|")
+        print(f"\n| slots, {FILLED} filled | step, ms: least | median |\n|---|---|---|")
         runs = [self._run(slots) for slots in SLOTS]
         for run in runs:
             run(self._prompt(FILLED), 0)
@@ -73,7 +73,7 @@ class Bench:
         run, process = self._run(count), psutil.Process()
         for cache in run.caches.values():  # touch every page of the caches first
             cache.update_inplace(np.ones(cache.shape(), np.float32))
-        print("\n| after steps | resident, MB |\n|---|---|")
+        print("| after steps | resident, MB |\n|---|---|")
         for step in range(count):
             self._timed(run, [step % self._vocab], step)
             if step + 1 in (16, count // 4, count // 2, count):
@@ -88,9 +88,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2048)
     args = parser.parse_args()
     bench = Bench(args.directory, args.threads, time.perf_counter if args.wall else time.process_time)
+    bench.memory(args.tokens)  # first: what other sessions leave to the allocator would blur it
     bench.slots()
     bench.heads()
-    bench.memory(args.tokens)
     return 0
 
 

@@ -27,7 +27,7 @@ from edgert.export.gguf_writer import OutputError, write_gguf
 from edgert import _native
 from edgert.download import file_sha256
 from edgert.engines import native_spec
-from edgert.errors import EngineError, UsageError
+from edgert.errors import EdgertError, EngineError, UsageError
 from edgert.locate import find_sidecar
 from edgert.sidecar import Sidecar
 from edgert.tokenizer import Tokenizer
@@ -159,14 +159,23 @@ def _context(request: Request, spec: ModelSpec) -> int:
 
 
 def _sidecar(model: Path, make_head: Callable[[Path], None]) -> Sidecar:
-    for attempt in range(2):
-        path = find_sidecar(model)
+    """The sidecar with ``model``'s FlashHead; one that is damaged or of another file counts for nothing."""
+    found = _flash_head_of(model)
+    if found is None:
+        make_head(model)
+        found = _flash_head_of(model)
+    if found is None:
+        raise UsageError(f"{model} has no FlashHead; run: edgert export {model} --flash-head")
+    return found
+
+
+def _flash_head_of(model: Path) -> Sidecar | None:
+    path = find_sidecar(model)
+    try:
         sidecar = Sidecar(path, model) if path else None
-        if sidecar and sidecar.recipe:
-            return sidecar
-        if attempt == 0:
-            make_head(model)
-    raise UsageError(f"{model}: its sidecar has no FlashHead; run edgert export {model} --flash-head")
+    except EdgertError:
+        return None
+    return sidecar if sidecar and sidecar.recipe else None
 
 
 def _tokenizer(directory: Path, metadata: Mapping[str, Any], tokenizer: Tokenizer, source: Path) -> None:

@@ -46,7 +46,11 @@ def write_genai(
     (directory / GENAI).write_bytes(model.SerializeToString())
     config = _genai_config(spec, context, tokenizer)
     (directory / "genai_config.json").write_text(json.dumps(config, indent=1))
-    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    bos = tokenizer.encode("")[:1]
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(bos)}
+    if bos:
+        settings["bos_token"] = tokenizer.id_to_piece(bos[0])
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def _genai_config(spec: ModelSpec, context: int, tokenizer: Tokenizer) -> dict[str, Any]:

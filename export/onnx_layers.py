@@ -134,8 +134,8 @@ class Attention:
         )
 
     def _table(self, layer: LayerSpec) -> tuple[str, str]:
-        """cos and sin of the angles of the new tokens, [1, T, rope_dims / 2]: in double precision, since at
-        position 8,000 a float's angle is off by a thousandth."""
+        """cos and sin of the angles of the new tokens, [1, T, rope_dims / 2]. Whole turns are taken off in
+        double precision: at position 8,000 a float's angle is off by a thousandth."""
         g, spec, key = self._g, self._spec, (layer.rope_base, layer.rope_scale)
         if key not in self._angles:
             power = np.arange(spec.rope_dims // 2, dtype=np.float64) * 2 / spec.rope_dims
@@ -143,7 +143,8 @@ class Attention:
             if spec.rope_factors:
                 frequency /= self._w.read("rope_freqs.weight")
             apart = g.node("Unsqueeze", self._positions, g.constant(np.array([2], np.int64)))
-            angle = g.node("Mul", apart, g.constant(frequency[None, None]))
-            cos, sin = (g.node("Cast", g.node(op, angle), to=1) for op in ("Cos", "Sin"))
-            self._angles[key] = cos, sin
+            turns = g.node("Mul", apart, g.constant(frequency[None, None] / (2 * np.pi)))
+            part = g.node("Cast", g.node("Sub", turns, g.node("Floor", turns)), to=1)
+            angle = g.node("Mul", part, g.constant(np.array(2 * np.pi, np.float32)))
+            self._angles[key] = g.node("Cos", angle), g.node("Sin", angle)
         return self._angles[key]

@@ -72,7 +72,7 @@ class Weights:
         dtype = "float16" if half else "float32"
         values = np.concatenate(parts) if len(parts) > 1 else parts[0]
         shape = (rows, cols) if by_row else (cols, rows)
-        graph.weight(name, dtype, shape, [(values if by_row else values.T).astype(dtype)])
+        graph.weight(name, dtype, shape, [(values if by_row else values.T).astype(dtype, copy=False)])
         return Stored(name, rows, cols, 0, half, by_row)
 
     def _quantised(self, name: str, parts: Sequence[Matrix], rows: int, cols: int, bits: int) -> Stored:

@@ -78,6 +78,7 @@ def test_tokenizers_give_the_same_ids(tmp_path: Path, name: str) -> None:
 def test_a_flash_head_comes_from_the_sidecar(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(tiny("llama").path.read_bytes())
+    (tmp_path / "model.edgert.gguf").write_bytes(b"damaged")
     made = []
 
     def make(path: Path) -> None:

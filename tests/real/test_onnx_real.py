@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +20,23 @@ from edgert.tokenizer import Tokenizer
 SLOTS, GENERATED = 320, 64
 
 
-def export(model: Path, target: Path, *options: str) -> tuple[float, int]:
+_CHILD = """
+import resource, sys, time
+from edgert.cli import main
+began = time.monotonic()
+code = main(sys.argv[1:])
+print(time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+def export(model: Path, target: Path, *options: str) -> tuple[float, float]:
     """Seconds and bytes at the peak of `edgert export --format onnx`."""
-    command = [sys.executable, "-m", "edgert", "export", str(model), "--format", "onnx", "-o", str(target)]
-    began = time.monotonic()
-    subprocess.run([*command, *options], check=True)
-    return time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    arguments = ["export", str(model), "--format", "onnx", "-o", str(target), *options]
+    command = [sys.executable, "-c", _CHILD, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds, peak = done.stdout.splitlines()[-1].split()
+    return float(seconds), float(peak)
 
 
 def prompts(model: Path, count: int) -> Iterator[list[int]]:
