@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as genai
@@ -27,11 +28,11 @@ def main() -> int:
     args = parser.parse_args()
     clock = time.perf_counter if args.wall else time.process_time
     tokens = np.random.default_rng(0).integers(100, 5000, PROMPT).astype(np.int32)
-    models = {}
+    models: dict[Path, tuple[Any, list[float], list[float]]] = {}
     for directory in args.directory:
         config = genai.Config(str(directory))
-        options = {"intra_op_num_threads": args.threads}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        threads = {"intra_op_num_threads": args.threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
         models[directory] = genai.Model(config), [], []
     for _ in range(ROUNDS):
         for model, prompts, steps in models.values():

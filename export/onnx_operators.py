@@ -1,4 +1,4 @@
-"""Which operators ONNX Runtime runs well on the CPU: ``python -m edgert.bench.onnx_operators``.
+"""Which operators ONNX Runtime runs well on the CPU: ``python -m edgert.export.onnx_operators``.
 
 Small graphs, timed in the process's time on the CPU with one thread, so that a busy machine does not count.
 What the exporter chose, and why, is in docs/onnx.md.
