@@ -22,7 +22,7 @@ _LLAMA3 = (
 )
 # Pre-tokenizer -> expressions applied in turn to what the one before left, whether a word that is
 # in the vocabulary is taken whole, and whether BOS is added when the file does not say.
-_PRE: dict[str, tuple[tuple[str, ...], bool, bool]] = {
+PRE_TOKENIZERS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
     "gpt-2": ((_GPT2,), False, False),
     "smollm": ((r"\p{N}", _GPT2), False, False),
     "llama-bpe": ((_LLAMA3 % 3,), True, True),
@@ -51,23 +51,23 @@ _BYTE_OF = {char: byte for byte, char in enumerate(byte_chars())}
 def pre_tokenizer_name(metadata: Mapping[str, Any]) -> str:
     """``tokenizer.ggml.pre``; TokenizerError when edgert does not know it."""
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if not isinstance(name, str) or name not in _PRE:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise TokenizerError(
-            f"unknown pre-tokenizer {str(name)[:60]!r} (tokenizer.ggml.pre); edgert knows {', '.join(_PRE)}: "
-            "use a model with one of these, or engine='llamacpp'"
+            f"unknown pre-tokenizer {str(name)[:60]!r} (tokenizer.ggml.pre); edgert knows "
+            f"{', '.join(PRE_TOKENIZERS)}: use a model with one of these, or engine='llamacpp'"
         )
     return name
 
 
 def adds_bos(pre: str) -> bool:
-    return _PRE[pre][2]
+    return PRE_TOKENIZERS[pre][2]
 
 
 class ByteBPE:
     """Encodes text that holds no special tokens; ``bytes_of`` gives what a piece stands for."""
 
     def __init__(self, vocab: Vocab, metadata: Mapping[str, Any], pre: str) -> None:
-        expressions, whole_words, _ = _PRE[pre]
+        expressions, whole_words, _ = PRE_TOKENIZERS[pre]
         # Control tokens stay out: no plain text may ever turn into one.
         hidden = {vocab.pieces[i] for i in vocab.control}
         pieces = {p: i for p, i in vocab.ids.items() if p not in hidden} if hidden else vocab.ids

@@ -1,11 +1,12 @@
-"""`edgert export`: makes a GGUF file of a Hugging Face directory, and the sidecar of a model. Figures go to
-stderr, the result to stdout."""
+"""`edgert export`: makes a GGUF file of a Hugging Face directory, the sidecar of a model, or a directory for
+ONNX Runtime. Figures go to stderr, the result to stdout."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from edgert.cli.progress import Steps
 from edgert.errors import UsageError
@@ -21,12 +22,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which becomes a .gguf file in it",
     )
     parser.add_argument(
-        "--quant",
-        choices=("f32", "f16", "int8", "int4"),
-        help=f"type of a directory's matrices in the .gguf file; default: {QUANT}",
+        "--format",
+        choices=("gguf", "onnx"),
+        default="gguf",
+        help="onnx: a directory for ONNX Runtime, named by --output; default: gguf",
     )
     parser.add_argument(
-        "--flash-head", action="store_true", help="cluster the vocabulary head (FlashHead) into the sidecar"
+        "--quant",
+        choices=("f32", "f16", "int8", "int4"),
+        help="type of matrices: of an ONNX export (default: int4), of a directory's in a .gguf file "
+        f"(default: {QUANT})",
+    )
+    parser.add_argument(
+        "--flash-head",
+        action="store_true",
+        help="cluster the vocabulary head (FlashHead) into the sidecar; with --format onnx: into the graph, "
+        "from the sidecar, which is made when there is none",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="--format onnx: positions a session has by default; default: 4096, or what the model was made "
+        "for where that is less",
     )
     parser.add_argument(
         "--retrieval-head",
@@ -48,8 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        metavar="FILE",
-        help="the sidecar where one is asked for, else the .gguf file; default: beside the model",
+        metavar="PATH",
+        help="the ONNX directory, else the sidecar where one is asked for, else the .gguf file; default for "
+        "the last two: beside the model",
     )
     parser.add_argument("--cluster-size", type=int, metavar="N", help="tokens a cluster; default: searched")
     parser.add_argument("--probes", type=int, metavar="N", help="clusters scored; default: what reaches A")
@@ -62,6 +81,10 @@ def main(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise UsageError(f"--seed must not be negative: {args.seed}")
     directory = _directory(args.model)
+    if args.format == "onnx":
+        return _onnx(directory, args)
+    if args.context is not None:
+        raise UsageError("--context is for --format onnx; a .gguf file keeps the context of its model")
     if args.quant and not directory:
         raise UsageError(
             f"--quant is for a Hugging Face model directory, and {args.model} is none (it has no config.json)"
@@ -70,13 +93,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(
             "nothing to export; add --flash-head or --retrieval-head, or give a Hugging Face model directory"
         )
-    if directory:
-        model = _convert(directory, args)
-    else:
-        from edgert.cli.progress import Bar
-        from edgert.locate import model_path
-
-        model = model_path(args.model, Bar)
+    model = _convert(directory, args) if directory else _file(args.model)
     if args.flash_head:
         _flash_head(model, args)
     if args.retrieval_head:
@@ -90,6 +107,39 @@ def _directory(model: str) -> Path | None:
 
     path = Path(model).expanduser()
     return None if model.startswith("hf:") or find(model) or not (path / "config.json").exists() else path
+
+
+def _file(model: str) -> Path:
+    from edgert.cli.progress import Bar
+    from edgert.locate import model_path
+
+    return model_path(model, Bar)
+
+
+def _onnx(directory: Path | None, args: argparse.Namespace) -> int:
+    from edgert.export.onnx_directory import QUANT, Request, export_directory
+
+    if args.output is None:
+        raise UsageError("--format onnx writes a directory: name it with --output")
+    if args.retrieval_head:
+        raise UsageError("--retrieval-head goes into the sidecar of a .gguf file; leave out --format onnx")
+    source = directory or _file(args.model)
+    request = Request(source, args.quant or QUANT, args.context, args.flash_head)
+
+    def make_head(model: Path) -> None:
+        from edgert.export.flash_head import export_flash_head
+
+        export_flash_head(model, _head_request(args), None, _note, Steps())
+
+    made = export_directory(request, args.output, make_head, _note, Steps())
+    size = sum(path.stat().st_size for path in made.iterdir())
+    if args.json:
+        import json
+
+        print(json.dumps({"path": str(made), "quant": request.quant, "bytes": size}))
+    else:
+        print(f"{made}: {size / 1e6:.1f} MB, {request.quant}")
+    return 0
 
 
 def _sidecar(args: argparse.Namespace) -> bool:
@@ -111,11 +161,16 @@ def _convert(directory: Path, args: argparse.Namespace) -> Path:
     return path
 
 
-def _flash_head(model: Path, args: argparse.Namespace) -> None:
-    from edgert.export.flash_head import Request, export_flash_head
+def _head_request(args: argparse.Namespace) -> Any:
+    from edgert.export.flash_head import Request
 
-    request = Request(args.agreement, args.calibration, args.cluster_size, args.probes, args.rank, args.seed)
-    done = export_flash_head(model, request, args.output, _note, Steps())
+    return Request(args.agreement, args.calibration, args.cluster_size, args.probes, args.rank, args.seed)
+
+
+def _flash_head(model: Path, args: argparse.Namespace) -> None:
+    from edgert.export.flash_head import export_flash_head
+
+    done = export_flash_head(model, _head_request(args), args.output, _note, Steps())
     quality = done.quality
     if args.json:
         import json

@@ -20,7 +20,7 @@ VERBS = {  # verb -> what it does; its module is edgert.cli.<verb> unless MODULE
     "run": "answer one prompt",
     "chat": "talk with a model",
     "pull": "fetch a model into the cache, or list those known by name",
-    "export": "make a model's sidecar (its clustered vocabulary head), or a GGUF of a Hugging Face directory",
+    "export": "make a model's sidecar, a GGUF of a Hugging Face directory, or a directory for ONNX Runtime",
     "heads": "find out which attention heads need the whole past, for sparse attention",
     "bench": "measure a model's speed and memory, beside other engines",
     "eval": "measure what a FlashHead or sparse attention loses against the whole of it",

@@ -1,0 +1,54 @@
+"""How often the FlashHead of an exported graph has the dense head's token first: ``python -m
+edgert.bench.onnx_agreement DIR``.
+
+Both heads score the same states of one graph, on prose and code that no calibration saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from edgert.bench.eval_texts import make_documents
+from edgert.bench.onnx_run import Run
+
+from edgert import _native
+from edgert.tokenizer import Tokenizer
+
+LENGTH, SKIPPED = 128, 8  # tokens of a sequence, and how many at its beginning are not scored
+
+
+def texts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    for document in make_documents(tokenizer, 1024):
+        for at in range(0, len(document.tokens), LENGTH):
+            piece = document.tokens[at : at + LENGTH]
+            yield document.source, [*document.tokens[:1] * (at > 0), *piece]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m edgert.bench.onnx_agreement")
+    parser.add_argument("directory", type=Path)
+    args = parser.parse_args()
+    file = _native.GgufFile(str(args.directory / "tokenizer.gguf"))
+    run = Run(args.directory / "model.onnx", 2 * LENGTH, 2 * LENGTH, 2)
+    counts: dict[str, list[bool]] = {}
+    for name, tokens in texts(Tokenizer.from_gguf(file.metadata)):
+        rows = list(range(SKIPPED, len(tokens)))
+        dense = run(tokens, 0, ("logits",), rows)[0][0].argmax(-1)
+        ids, logits = run(tokens, 0, ("flash_ids", "flash_logits"), rows, flash=np.array(True))
+        found = np.take_along_axis(ids[0], logits[0].argmax(-1)[:, None], 1)[:, 0]
+        counts.setdefault(name, []).extend((found == dense).tolist())
+    about = json.loads((args.directory / "edgert.json").read_text())["flash_head"]
+    print(f"{about['tokens']} tokens scored; the sidecar's agreement: {about['quality'].get('agreement')}\n")
+    print("| text | positions | agreement |\n|---|---|---|")
+    for name, same in counts.items():
+        print(f"| {name} | {len(same)} | {np.mean(same):.2%} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

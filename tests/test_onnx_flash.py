@@ -1,0 +1,105 @@
+"""The FlashHead in a graph: what it scores has the dense head's logits, and it scores what it should."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pytest
+from edgert.export.gguf_writer import write_gguf
+from edgert.export.onnx_flash import TOKENS_PER_UNIT, Flash
+from edgert.export.quantise import dequantise
+from flash_files import SPECIAL, parts
+from onnx_runs import Run, export
+from tiny_models import prompt, tiny
+
+from edgert.sidecar import Sidecar
+
+RECIPES = ("clusters", "lowrank", "clusters+lowrank")
+
+
+@cache
+def flash_graph(name: str, recipe: str, quant: str) -> tuple[Path, Sidecar]:
+    model, directory = tiny(name).path, Path(mkdtemp(prefix="edgert-onnx-"))
+    sidecar = directory / "model.edgert.gguf"
+    write_gguf(sidecar, *parts(model, recipe))
+    return export(model, directory / "onnx", quant, sidecar), Sidecar(sidecar, model)
+
+
+def both(name: str, recipe: str, quant: str, count: int = 12) -> tuple[np.ndarray, ...]:
+    """(ids, flash logits, dense logits, hidden states) of every token of a prompt."""
+    run = Run(flash_graph(name, recipe, quant)[0])
+    tokens = prompt(tiny(name), count)
+    ids, logits, none = run(tokens, 0, ("flash_ids", "flash_logits", "logits"), flash=np.array(True))
+    dense, hidden, no_ids = run(tokens, 0, ("logits", "hidden", "flash_ids"))
+    assert none.shape[1] == no_ids.shape[1] == 0
+    return ids[0], logits[0], dense[0], hidden[0]
+
+
+@pytest.mark.parametrize("quant", ["f32", "f16", "int8", "int4"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # a tied head and one of its own
+def test_logits_are_the_dense_heads(name: str, recipe: str, quant: str) -> None:
+    ids, logits, dense, _ = both(name, recipe, quant)
+    scored = np.isfinite(logits)
+    expected = np.take_along_axis(dense, ids, 1)
+    assert np.abs(np.where(scored, logits - expected, 0)).max() < 1e-5 * np.abs(dense).max()
+    for row, known in zip(ids, scored, strict=True):
+        assert SPECIAL in row[known]
+        assert len(set(row[known])) == known.sum() > 0
+        assert not row[~known].any()
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """``x`` in blocks of 32 as MatMulNBits rounds it to int8."""
+    blocks = x.reshape(-1, 32)
+    scale = np.abs(blocks).max(1, keepdims=True) / 127
+    values: np.ndarray = (np.round(blocks / scale) * scale).ravel()
+    return values
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_tokens_with_the_best_scores_are_chosen(recipe: str) -> None:
+    """As the sidecar's tensors rank them, computed here."""
+    _, sidecar = flash_graph("llama", recipe, "f32")
+    ids, logits, _, hidden = both("llama", recipe, "f32")
+    flash = Flash.of(sidecar)
+    tensors = {t.name: t for t in sidecar.file.tensors}
+
+    def matrix(name: str) -> np.ndarray:
+        info = tensors[name]
+        data = np.frombuffer(sidecar.file.read(name), np.uint8).reshape(info.shape[0], -1)
+        return dequantise(data, info.type, info.shape[1])
+
+    for i, state in enumerate(hidden):
+        found = set(ids[i][np.isfinite(logits[i])]) - {SPECIAL}
+        if "lowrank" in recipe:
+            scores = matrix("head.rows") @ rounded(matrix("head.projection") @ rounded(state))
+            by_unit = scores.reshape(flash.tokens.shape)
+            worth = np.where((flash.tokens == SPECIAL).any(1), np.inf, by_unit.max(1))
+            units = np.argsort(-worth)[: sidecar.keep + 1]
+            order = flash.tokens[units].ravel()[np.argsort(-by_unit[units].ravel())]
+            wanted = [t for t in order if t >= 0 and t != SPECIAL][: sidecar.keep * TOKENS_PER_UNIT]
+        else:
+            bias = np.frombuffer(sidecar.file.read("head.bias"), np.float32)
+            worth = matrix("head.routers") @ rounded(state) + bias
+            worth[(flash.tokens == SPECIAL).any(1)] = np.inf
+            best = np.argsort(-worth)[: sidecar.probes + 1]
+            wanted = [t for t in flash.tokens[best].ravel() if t >= 0 and t != SPECIAL]
+        assert found == set(wanted)
+
+
+def test_states_of_earlier_passes_can_be_scored_by_either_head() -> None:
+    path, _ = flash_graph("llama", "clusters", "int4")
+    run, tokens = Run(path), prompt(tiny("llama"), 8)
+    dense, hidden = run(tokens, 0, ("logits", "hidden"))
+    ids, logits = run(
+        tokens[:1], 8, ("flash_ids", "flash_logits"), flash=np.array(True), more_states=hidden, rows=[]
+    )
+    assert ids.shape[1] == 8
+    expected = np.take_along_axis(dense[0], ids[0], 1)
+    assert (
+        np.abs(np.where(np.isfinite(logits[0]), logits[0] - expected, 0)).max() < 1e-5 * np.abs(dense).max()
+    )
