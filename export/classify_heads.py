@@ -34,8 +34,8 @@ REPEATED = 400  # random tokens
 # the first score a retrieval head, RazorAttention keeps the others.
 NEEDLE = 0.1
 INDUCTION_SHARE, ECHO_SHARE = 0.14, 0.01
-# The most that all streaming heads together may cost on held-out text and on answers, in nats. At 8,000 tokens
-# they cost twice to three times what they do here (docs/kernel-log.md).
+# The most that all streaming heads together may cost on held-out text and on answers, in nats. At 8,000
+# tokens they cost 1.7 to 3.4 times what they do here (docs/kernel-log.md).
 TEXT_LIMIT, ANSWER_LIMIT = 0.0008, 0.02
 
 Steps = Callable[[str, int], Callable[[int], None]]
