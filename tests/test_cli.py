@@ -173,6 +173,7 @@ def test_chat_ctrl_c_stops_the_answer_and_not_the_program(model: Path, cache: st
     screen.wait_for("the", after="sea.\r\n")
     screen.type("\x03")
     screen.wait_for(">>> ")
+    time.sleep(0.5)  # Python's input() loses a signal that comes between its prompt and its wait for a key
     screen.type("\x03")
     screen.wait_for("Ctrl-D leaves)")
     screen.type(QUESTION + "\r")

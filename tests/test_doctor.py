@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -200,7 +201,9 @@ def test_onnxruntime_on_a_jetson(tmp_path: Path) -> None:
 def test_onnxruntime_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "onnxruntime"
     files = {"onnxruntime/__init__.py": "raise RuntimeError\n", "onnxruntime/capi/x.so": ""}
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
     assert doctor._onnxruntime() is None
+    monkeypatch.delitem(sys.modules, "onnxruntime")
     write(tmp_path, files)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert doctor._onnxruntime() is False
