@@ -65,6 +65,10 @@ def model_path(name_or_path: str | os.PathLike[str], progress: Callable[[], Repo
 def model_in(directory: Path) -> Path:
     """The one model file in ``directory``, the first part of a split one; sidecars do not count. UsageError
     when there is none or more than one."""
+    if (directory / "model.onnx").exists():
+        raise UsageError(
+            f"{directory} is an ONNX export, which is for ONNX Runtime itself so far; give a .gguf file"
+        )
     files = [p for p in directory.glob("*.gguf") if not p.name.endswith(SIDECAR_SUFFIX)]
     found = sorted(p for p in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", p.name))
     if len(found) == 1:
