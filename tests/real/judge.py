@@ -85,11 +85,11 @@ class EssayScore:
 
 
 class Judge:
-    """One real model in native, llama.cpp and the reference, on one of every ``each`` prompts."""
+    """One real model in native, llama.cpp and the reference."""
 
-    def __init__(self, name: str, each: int) -> None:
+    def __init__(self, name: str) -> None:
         torch.set_num_threads(THREADS)
-        self.name, self.each, self.path = name, each, real_model(name)
+        self.name, self.path = name, real_model(name)
         self.peer = llamacpp.open(self.path, threads=THREADS)
         self.native: Engine = open_engine(self.path, "native", threads=THREADS)
         self.reference = Reference(self.path)
@@ -106,7 +106,7 @@ class Judge:
         chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
         if self.name.startswith("gemma"):  # a base model
             chat = "Question: {}\nAnswer:"
-        for line in (DATA / "prompts.jsonl").read_text().splitlines()[:: self.each]:
+        for line in (DATA / "prompts.jsonl").read_text().splitlines():
             entry = json.loads(line)
             is_chat = entry["kind"] == "chat"
             yield self.encode(chat.format(entry["text"]) if is_chat else entry["text"], special=is_chat)

@@ -20,21 +20,13 @@ Report = Callable[..., None]
 pytestmark = pytest.mark.timeout(3600)
 
 # Two tokens are a tie when float32 separates them by less than this many standard deviations of
-# llama.cpp's own error on such gaps.
+# llama.cpp's own error on such gaps; 3,264 positions a model are looked at.
 TIE = 4.0
-PROMPTS = {3: 17, 1: 51}  # with one of three, and with all of them (3,264 positions a model)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param((name, each), id=f"{name}-{n}", marks=[pytest.mark.slow] if each == 1 else [])
-        for each, n in PROMPTS.items()
-        for name in ("smollm2-135m", "gemma-3-270m")
-    ],
-)
+@pytest.fixture(scope="module", params=["smollm2-135m", "gemma-3-270m"])
 def judge(request: pytest.FixtureRequest) -> Iterator[Judge]:
-    judge = Judge(*request.param)
+    judge = Judge(request.param)
     yield judge
     judge.close()
 
@@ -42,7 +34,7 @@ def judge(request: pytest.FixtureRequest) -> Iterator[Judge]:
 def test_greedy_continuations_are_llama_cpps(judge: Judge, report: Report) -> None:
     found = judge.continuations
     prompts = found.positions // CONTINUATION
-    assert prompts == PROMPTS[judge.each]
+    assert prompts >= 50
     report(
         f"{judge.name}: {prompts - len(found.first_divergences)} of {prompts} continuations are llama.cpp's, "
         f"{len(found.divergences)} of {found.positions} positions differ",
