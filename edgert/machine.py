@@ -97,15 +97,12 @@ def store(measured: Measured) -> str | None:
     """Keep it for the planner and for later runs; None, or why that was not done."""
     if measured.share < BUSY_BELOW:
         return f"other processes took {1 - measured.share:.0%} of the processors' time"
+    from .whole_file import write_whole
+
     path = measured_file()
-    temporary = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(json.dumps({"version": VERSION, **asdict(measured)}), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, [json.dumps({"version": VERSION, **asdict(measured)}).encode()])
     except OSError as error:
         return f"{path.parent} cannot be written ({error.strerror})"
     return None

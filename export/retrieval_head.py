@@ -35,6 +35,7 @@ from edgert.errors import UnsupportedModelError, UsageError
 from edgert.locate import sidecar_path
 from edgert.session_file import fingerprint
 from edgert.tokenizer import Tokenizer
+from edgert.whole_file import write_whole
 
 MAIN = ("prose", "code", "chat")
 SHARE = 0.1  # of the parameters of a draft layer and the embedding, that the head may have
@@ -201,9 +202,7 @@ def _sequences(model: Path, file: _native.GgufFile, work: _Work, steps: Steps) -
     lookups.append(lookup_sequence(tokenizer, filler, request.length, request.seed + n))
     fit = [*text_sequences(domains, request.length, False)[: request.texts], *own[:n], *lookups[:n]]
     held = [*text_sequences([_joined(main)], request.length, True)[:2], own[n], lookups[n]]
-    partial = work.path("sequences.partial")
-    partial.write_text(json.dumps([fit, held]))
-    partial.replace(saved)
+    write_whole(saved, [json.dumps([fit, held]).encode()])
     return fit, held
 
 

@@ -3,6 +3,7 @@ head of attention counted by what it adds to the stream."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from edgert.export.retrieval_fit import Head, faded
 from edgert.export.retrieval_trace import Trace, Tracer
 from torch import Tensor
+
+from edgert.whole_file import write_whole
 
 POSITIONS = 48  # of a step, all of one sequence
 SET = 0.3  # share of the pages with an index that the set of a step holds
@@ -120,7 +123,7 @@ def train(
 
 
 def save(path: Path, state: Any) -> None:
-    """Write ``path`` whole or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    """Write ``path`` whole or not at all. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, [buffer.getbuffer()])

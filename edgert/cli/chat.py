@@ -19,7 +19,6 @@ from edgert.cli.options import (
     load_model,
 )
 from edgert.errors import EdgertError, UsageError
-from edgert.whole_file import write_whole
 
 if TYPE_CHECKING:
     from edgert.generate import Stats, Stream
@@ -128,6 +127,8 @@ class Chat:
 
 def save(path: Path, messages: list[dict[str, str]]) -> None:
     """Write ``messages`` as JSON, whole or not at all. Raises EdgertError."""
+    from edgert.whole_file import write_whole
+
     try:
         write_whole(path, [json.dumps({"messages": messages}, ensure_ascii=False, indent=1).encode()])
     except OSError as e:
