@@ -116,7 +116,7 @@ def caches(spec: ModelSpec, suffix: str) -> dict[str, Typed]:
 
 
 def initializers(spec: ModelSpec, quant: str) -> dict[str, frozenset[tuple[int, tuple[int, ...]]]]:
-    """Name -> the types and shapes it may have, of every initializer in model.onnx.data but the FlashHead's."""
+    """Name -> the types and shapes it may have, of every weight but the FlashHead's."""
     found = {name: frozenset({(FLOAT, shape)}) for name, shape in _floats(spec)}
     bits = {"int8": 8, "int4": 4}.get(quant, 0)
     for name, rows, cols in _matrices(spec):

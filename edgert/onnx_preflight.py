@@ -1,19 +1,20 @@
 """Looks into an ONNX export before ONNX Runtime does.
 
-ONNX Runtime reads whatever file a graph names, runs whatever operator a graph has, and believes the shapes that it
-states; the readers of ONNX files had path traversal twice (CVE-2024-27318, CVE-2024-5187). So a graph is read here
-first, by a reader that knows what edgert's exporter writes and refuses all else (edgert/onnx_wire.py):
+ONNX Runtime reads whatever file a graph names, runs whatever operator it has, and believes the shapes that it
+states; the readers of the onnx package had path traversal twice (CVE-2024-27318, CVE-2024-5187). So a graph
+is read here first, by a reader that knows what edgert's exporter writes and refuses all else
+(``edgert/onnx_wire.py``):
 
 - every file is there and has the size and SHA-256 of edgert.json;
 - weights lie in model.onnx.data, inside it, and nowhere else;
 - inputs, outputs and weights have the types and shapes of the model's spec;
 - operators, also those in branches, and their attributes are on a list; there are no functions.
 
-That tells a damaged copy and a foreign graph. It does not tell who made the directory: somebody who writes all of
-its files can have a graph of these operators compute anything, and take any memory for it.
+That tells a damaged copy and a foreign graph. It does not tell who made the directory: somebody who writes all
+of its files can have a graph of these operators compute anything, and take any memory for it.
 
-Hashes are computed at every load and not remembered: at 1.4 GB/s they take a quarter of the time that ONNX Runtime
-takes for the same bytes, and they leave the file in the system's cache for it.
+Hashes are computed at every load and not remembered: 234 MB took 0.2 s on two cores of an AMD EPYC, and the
+bytes, which ONNX Runtime reads next, are then in the system's cache.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ def _check_initializers(directory: OnnxDirectory, graph: Graph) -> None:
         elif (tensor.dtype, tensor.dims) not in allowed[tensor.name]:
             expected = " or ".join(map(str, sorted(allowed[tensor.name])))
             raise _Foreign(
-                f"initializer {name}: expected type and shape {expected}, found {_cut((tensor.dtype, tensor.dims))}"
+                f"initializer {name}: expected type and shape {expected}, "
+                f"found {_cut((tensor.dtype, tensor.dims))}"
             )
 
 
@@ -205,8 +207,8 @@ def _check_flash(directory: OnnxDirectory, tensor: Tensor, count: int) -> None:
         or math.prod(tensor.dims[1:]) > columns
     ):
         raise _Foreign(
-            f"initializer {_cut(tensor.name)}: expected at most {_FLASH_TENSORS} of at most {rows} rows of {columns}, "
-            f"found number {count} of shape {_cut(tensor.dims)}"
+            f"initializer {_cut(tensor.name)}: expected at most {_FLASH_TENSORS} of at most {rows} rows "
+            f"of {columns}, found number {count} of shape {_cut(tensor.dims)}"
         )
 
 

@@ -1,9 +1,9 @@
 """Reads the graph of an ONNX model from its bytes: the parts that edgert's exporter writes, and no others.
 
-Protobuf's readers skip what they do not know, merge what is there twice and allocate what a length says. This
-one refuses: fields that are not in the tables below, a second value of a field that has one, wrong wire types,
-lengths beyond the end, more than :data:`MOST_FIELDS` fields. So nothing is in an accepted file that was not
-looked at. Field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
+Protobuf's readers skip what they do not know, merge what is there twice and allocate what a length says.
+This one refuses: fields that are not in the tables below, a second value of a field that has one, wrong wire
+types, lengths beyond the end, more than :data:`MOST_FIELDS` fields. So nothing is in an accepted file that
+was not looked at. Field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class WireError(ValueError):
 
 @dataclass(frozen=True)
 class Value:
-    """An input or output: ``shape`` has numbers and names of sizes that are free; ``dtype`` as TensorProto's."""
+    """An input or output: ``shape`` has sizes and names of free ones; ``dtype`` is TensorProto's number."""
 
     name: str
     dtype: int

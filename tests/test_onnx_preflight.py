@@ -1,4 +1,4 @@
-"""What is read of an ONNX export before ONNX Runtime sees it: all that the exporter writes, and nothing else."""
+"""What is read of an ONNX export before ONNX Runtime sees it: what the exporter writes, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import pytest
 from edgert.models import BadModelMetadata, LayerSpec, ModelSpec, UnsupportedArchitecture, spec_from_dict
+from flash_files import spec_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -37,7 +38,7 @@ def spoilt(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_passes(name: str) -> None:
     directory = OnnxDirectory.open(exported(name))
-    assert directory.spec == tiny(name).spec
+    assert directory.spec == spec_of(tiny(name).path)
     graph = preflight(directory).graph
     model = onnx.load(directory.graph, load_external_data=False).graph
     assert [node.op for node in graph.nodes] == [node.op_type for node in model.node]
@@ -79,7 +80,6 @@ def test_what_a_directory_says() -> None:
 
 
 SPEC = tiny("gemma3").spec.as_dict()
-WRONG = {int: (-1, 1.5, "3", None, 2**31), float: (0, -1.0, "1", float("nan"), True), str: (3, None, [])}
 
 
 @pytest.mark.parametrize("kind", [ModelSpec, LayerSpec])
@@ -163,7 +163,7 @@ def test_damaged_files_are_refused(spoilt: Path) -> None:
     with pytest.raises(ModelFileError, match=r"model\.onnx\.data: .*found \d+; copy the directory whole"):
         OnnxDirectory.open(spoilt)
     data.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    with pytest.raises(ModelFileError, match="SHA-256 .* copy the directory again"):
+    with pytest.raises(ModelFileError, match=r"SHA-256 .* copy the directory again"):
         preflight(OnnxDirectory.open(spoilt))
     data.unlink()
     with pytest.raises(ModelFileError, match="No such file"):
@@ -234,7 +234,7 @@ FOREIGN: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "another version": (lambda m: setattr(m, "ir_version", 12), "IR version 11"),
     "an input more": (
         lambda m: m.graph.input.append(helper.make_tensor_value_info("more", 1, [1])),
-        "expected 13 inputs, found 14, differing in .*more",
+        "expected 12 inputs, found 13, differing in .*more",
     ),
     "an input twice": (lambda m: m.graph.input.append(m.graph.input[0]), "differing in .*two of one name"),
     "an input of another shape": (
@@ -333,11 +333,9 @@ def test_any_bytes_are_refused(data: bytes) -> None:
 def test_long_files_take_no_time() -> None:
     began = time.process_time()
     many = bytes((0x08, 1)) * (onnx_wire.MOST_FIELDS + 10)  # dims of one tensor
-    for field in (2, 5, 1):  # raw: the name of a graph, an initializer, a node
-        body = bytes((field << 3 | 2,)) + _varint(len(many)) + many
-        graph = b"\x3a" + _varint(len(body)) + body
-        with pytest.raises(WireError):
-            read_model(graph)
+    tensor = b"\x2a" + _varint(len(many)) + many
+    with pytest.raises(WireError, match="at most"):
+        read_model(b"\x3a" + _varint(len(tensor)) + tensor)
     nested = b""
     for _ in range(2000):  # a graph in an attribute of a node of a graph
         attribute = b"\x32" + _varint(len(nested)) + nested
