@@ -1,7 +1,7 @@
 """A directory that ``edgert export --format onnx`` wrote (docs/onnx.md), read from its ``edgert.json``.
 
-:meth:`OnnxDirectory.open` looks at that file and at the sizes of the others; ``edgert/onnx_preflight.py`` looks
-into them, before ONNX Runtime does.
+:meth:`OnnxDirectory.open` looks at that file and at the sizes of the others; ``edgert/onnx_preflight.py``
+looks into them, before ONNX Runtime does.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class OnnxDirectory:
-    """``name``: of the model. ``quant``: one of :data:`QUANTS`. ``context``: positions a session has by default.
-    ``flash_head``: None, or ``recipe``, ``tokens`` scored a step and ``quality``. ``tokenizer``: ``bos_id``,
-    ``eos_id``, ``eos_ids``, ``has_chat_template``. ``files``: every other file of the directory.
+    """``name``: of the model. ``quant``: one of :data:`QUANTS`. ``context``: positions a session has by
+    default. ``flash_head``: None, or ``recipe``, ``tokens`` scored a step and ``quality``. ``tokenizer``:
+    ``bos_id``, ``eos_id``, ``eos_ids``, ``has_chat_template``. ``files``: every other file of the directory.
     ``weight_bytes``: of model.onnx.data. ``sha256``: of edgert.json, which has the hashes of all else: the
     identity of the export."""
 
