@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,23 +20,26 @@ from edgert.engines.onnx_caches import Slots, States
 from edgert.engines.onnx_pass import Outputs, Pass
 from edgert.engines.onnx_providers import Loaded, load_graph, load_runtime
 from edgert.errors import EngineError
+from edgert.onnx_preflight import preflight
 from edgert.platforms.detect import detect_threads
 
 if TYPE_CHECKING:
     from edgert.models import ModelSpec
     from edgert.onnx_directory import OnnxDirectory
+    from edgert.onnx_wire import Graph
 
 # Tokens of one pass: short enough that Ctrl-C is answered while a long prompt runs.
 CHUNK = 256
 _SCORED = 64  # rows of logits of one pass: 64 of 262,144 are 64 MB
 _SNAPSHOT = struct.Struct("<8s32sII")  # magic, the export's hash, positions, first one in windowed layers
 _MAGIC = b"EDGEORT1"
-_VALUE_BYTES = {"f32": 4.0, "f16": 4.0, "int8": 1.125, "int4": 0.625}  # f16 is made float32 when loaded
+_FLOAT16 = 10  # TensorProto.DataType
 
 
 class OnnxEngine:
-    """The model in a directory. ``threads`` 0: one for each core. Raises EngineError when ONNX Runtime is
-    missing, lacks the provider or cannot load the graph."""
+    """The model in a directory, which is looked into first. ``threads`` 0: one for each core. Raises
+    ModelFileError and UnsupportedModelError for a directory that is damaged or not edgert's, EngineError when
+    ONNX Runtime is missing, lacks the provider or cannot load the graph."""
 
     name = "onnx"
 
@@ -44,6 +47,7 @@ class OnnxEngine:
         self.runtime = load_runtime(provider)
         self.directory, self.spec, self.provider = directory, directory.spec, provider
         self.threads = threads or detect_threads()
+        self._step_bytes = bytes_of_a_step(preflight(directory).graph, directory)
         self._loaded: Loaded | None = load_graph(directory.graph, provider, self.threads)
         self._sessions: weakref.WeakSet[OnnxSession] = weakref.WeakSet()
 
@@ -66,13 +70,24 @@ class OnnxEngine:
         self._sessions.add(session)
         return session
 
+    @property
+    def flash_note(self) -> str | None:
+        """What the FlashHead scores and how often it agrees with the dense head; None without one."""
+        head = self.directory.flash_head
+        if head is None:
+            return None
+        note, agreement = f"in the graph, {head['tokens']} tokens", head["quality"].get("agreement")
+        if not isinstance(agreement, float):
+            return note
+        return f"{note}, {agreement:.2%} of the dense head's as its sidecar was measured"
+
     def memory(self) -> dict[str, int]:
         """Weights as they lie in the file, and the caches of open sessions, as far as they are in use."""
         return {"weights": self.directory.weight_bytes, "kv": sum(s.nbytes for s in self._sessions)}
 
     def describe(self) -> dict[str, Any]:
-        body, head = step_bytes(self.spec, self.directory.quant)
-        return {
+        body, dense, flash = self._step_bytes
+        described = {
             "engine": self.name,
             "version": self.runtime.__version__,
             "provider": self.provider,
@@ -80,9 +95,13 @@ class OnnxEngine:
             "threads": self.threads,
             "quant": self.directory.quant,
             "kv": "f32",
-            "weight_bytes_per_step": body + head,
+            "weight_bytes_per_step": body + dense,
             "body_bytes_per_step": body,
         }
+        if self.directory.flash_head:
+            described["flash_bytes_per_step"] = body + flash
+            described["flash_tokens"] = self.directory.flash_head["tokens"]
+        return described
 
     def close(self) -> None:
         for session in list(self._sessions):
@@ -90,17 +109,27 @@ class OnnxEngine:
         self._loaded = None
 
 
-def step_bytes(spec: ModelSpec, quant: str) -> tuple[int, int]:
-    """Bytes of weights that a step reads for the layers, and for the dense head."""
-    body = head = 0
-    for name, shape in spec.tensor_shapes().items():
-        blocks = len(shape) == 2 and shape[1] % 32 == 0
-        count = round(math.prod(shape) * (_VALUE_BYTES[quant] if blocks else 4.0))
-        if name == ("token_embd.weight" if spec.tied_head else "output.weight"):
-            head += count
-        elif name != "token_embd.weight":
-            body += count
-    return body, head
+def bytes_of_a_step(graph: Graph, directory: OnnxDirectory) -> tuple[int, int, int]:
+    """Bytes of weights that a step reads for the layers, for the dense head, and for the FlashHead (0: there
+    is none). Of tables that rows are taken of it is these rows, and nothing of those of tokens alone."""
+    spec, sizes = directory.spec, dict[tuple[str, str], int]()
+    for tensor in graph.initializers:
+        if tensor.external:  # under several names where operators want several shapes
+            # float16 is made float32 when it is loaded.
+            size = int(tensor.external["length"]) * (2 if tensor.dtype == _FLOAT16 else 1)
+            sizes[tensor.name.partition(".weight")[0], tensor.external["offset"]] = size
+    table, head = "token_embd", "token_embd" if spec.tied_head else "output"
+
+    def total(chosen: Callable[[str], bool]) -> int:
+        return sum(size for (name, _), size in sizes.items() if chosen(name))
+
+    of_flash = ("head.", "flash.")
+    layers = total(lambda name: name not in (table, head) and not name.startswith(of_flash))
+    dense, flash = total(lambda name: name == head), 0
+    if directory.flash_head:
+        rows = dense * directory.flash_head["tokens"] // spec.vocab_size
+        flash = total(lambda name: name.startswith("head.")) + rows
+    return layers, dense, flash
 
 
 class OnnxSession:
