@@ -100,7 +100,9 @@ def kv_bytes(spec: ModelSpec, context: int) -> dict[int, int]:
     return found
 
 
-def parts(directory: OnnxDirectory, graph: Graph, context: int, head: str, quant: str = "") -> tuple[Part, ...]:
+def parts(
+    directory: OnnxDirectory, graph: Graph, context: int, head: str, quant: str = ""
+) -> tuple[Part, ...]:
     """The terms of the peak with one session of ``context`` tokens, as the export is or as it would be in
     another ``quant``."""
     from .engines.onnx import CHUNK

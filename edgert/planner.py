@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import _native
 from .errors import PlanError, UsageError
 from .head_classes import ALL_INDEXED, INDEXED, NAMES, SINKS, HeadClasses, choose_heads
-from .locate import model_path
+from .locate import model_path, onnx_export
 from .memory_left import PYTHON_BYTES, memory_left
 from .placement import check_memory, longest, longest_placed, place, regimes
 
@@ -159,6 +159,10 @@ def plan(
     from .heads import check_head, choose_retrieval, choose_sidecar
     from .rates import rates_for
 
+    if export := onnx_export(model):
+        from .onnx_plan import plan_export
+
+        return plan_export(export, context, platform, memory, threads, head)
     check_options("native", threads, kv)
     check_memory(memory, "native")
     chosen = choose_budget(attention, budget, "native")
