@@ -1,8 +1,9 @@
-"""What `edgert plan` predicts of ONNX exports beside what runs take: ``python -m edgert.bench.plan_check_onnx DIR``.
+"""What `edgert plan` predicts of ONNX exports beside what runs take:
+``python -m edgert.bench.plan_check_onnx DIR ...``.
 
-As :mod:`edgert.bench.plan_check`, with ONNX Runtime on the CPU: every row is a process of its own that loads an
-export, reads a prompt of prose and generates, and does so again ROUNDS times for the time, with memory's speed
-probed in between.
+As :mod:`edgert.bench.plan_check`, with ONNX Runtime on the CPU: every row is a process of its own that loads
+an export, reads a prompt of prose and generates, and does so again ROUNDS times for the time, with memory's
+speed probed in between.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from edgert.bench.text import prose
 
 from edgert.onnx_directory import OnnxDirectory
 from edgert.onnx_plan import OnnxCase
+from edgert.onnx_time import decode_steps, prefill_steps
 from edgert.rates import Rates, rates_for
 from edgert.tokenizer import Tokenizer
 
@@ -73,7 +75,7 @@ def run(directory: OnnxDirectory, head: str, context: int, rates: Rates) -> Onnx
     )
 
     def predicted(bandwidth: float) -> float:
-        steps = case.decode(replace(rates, bandwidth=bandwidth), prompt + generated // 2)
+        steps = decode_steps(case, replace(rates, bandwidth=bandwidth), prompt + generated // 2)
         return sum(step.seconds for step in steps)
 
     seconds, bandwidth = settle(rounds, predicted)
@@ -87,7 +89,7 @@ def run(directory: OnnxDirectory, head: str, context: int, rates: Rates) -> Onnx
         planned_seconds=predicted(bandwidth),
         measured_seconds=seconds,
         bandwidth=bandwidth,
-        planned_prompt=sum(step.seconds for step in case.prefill(rates, prompt)),
+        planned_prompt=sum(step.seconds for step in prefill_steps(case, rates, prompt)),
         measured_prompt=seconds_of_prompt,
         version=version,
     )
@@ -99,12 +101,14 @@ def table(rows: list[OnnxRow], machine: str) -> str:
     lines = [
         f"# What `edgert plan` says of ONNX exports beside what runs take: {machine}",
         "",
-        f"`python -m edgert.bench.plan_check_onnx`, ONNX Runtime {rows[0].version} on the CPU. Peak resident memory "
-        f"of a process that loads, reads a prompt and generates {GENERATED} tokens; the time of a token in "
-        f"{ROUNDS} more generations, predicted from memory's speed around each; the shortest time of the prompt.",
+        f"`python -m edgert.bench.plan_check_onnx`, ONNX Runtime {rows[0].version} on the CPU. Peak resident "
+        f"memory of a process that loads, reads a prompt and generates {GENERATED} tokens; time of a "
+        f"token in {ROUNDS} more generations, predicted from memory's speed around each; the shortest time of a "
+        "prompt.",
         "",
         *verdict(rows, "token", DECODE_MEDIAN),
-        f"- time of a prompt: off by {statistics.median(prompts):.1%} at the median, {max(prompts):.1%} at worst",
+        f"- time of a prompt: off by {statistics.median(prompts):.1%} at the median, {max(prompts):.1%} at "
+        "worst",
         "",
         "| model | weights | head | context | peak planned | measured | off | token planned | measured | off "
         "| prompt planned | measured | off | GB/s |",

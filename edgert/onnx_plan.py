@@ -144,8 +144,8 @@ def check_fits(directory: OnnxDirectory, context: int, threads: int = 0, head: s
         return
     remedies = [remedy.text for remedy in case.remedies(context, available)]
     raise PlanError(
-        f"{directory.path} with a context of {context} tokens needs {size_text(needed)} of memory and {limit} "
-        f"leaves {size_text(max(available, 0))}; what would help: {'; or '.join(remedies)}",
+        f"{directory.path} with a context of {context} tokens needs {size_text(needed)} of memory and "
+        f"{limit} leaves {size_text(max(available, 0))}; what would help: {'; or '.join(remedies)}",
         needed,
         available,
         remedies,

@@ -1,5 +1,6 @@
-"""The time of an ONNX export in ONNX Runtime on the CPU, part by part: an estimate, from what the doctor measured
-of this machine's memory and of edgert's own kernels, and the share of that which ONNX Runtime reached."""
+"""The time of an ONNX export in ONNX Runtime on the CPU, part by part: an estimate, from what the doctor
+measured of this machine's memory and of edgert's own kernels, and the share of that which ONNX Runtime
+reached."""
 
 from __future__ import annotations
 
