@@ -51,8 +51,8 @@ def load_export(
     directory = OnnxDirectory.open(path)
     if head in ("flash", "exact") and directory.flash_head is None:
         raise UsageError(
-            f"{path} has no FlashHead, which head={head!r} needs: export the model again with --flash-head, or "
-            "use head='dense'"
+            f"{path} has no FlashHead, which head={head!r} needs: export the model again with --flash-head, "
+            "or use head='dense'"
         )
     check_context(context, directory.spec.context_length)
     loaded = OnnxEngine(directory, provider, threads)

@@ -23,9 +23,9 @@ class Outputs(NamedTuple):
 
 
 class Pass:
-    """Passes over ``length`` tokens, ``rows`` of which are scored, and then ``more`` states of earlier ones, by
-    the FlashHead or the dense head; None: the graph has no other. ``scored``: tokens that this head
-    scores."""
+    """Passes over ``length`` tokens. ``rows`` of them are scored and then ``more`` states of earlier ones, by
+    the FlashHead if ``flash``, else by the dense head (None: the graph has no other); ``scored`` are the
+    tokens that this head scores."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Pass:
             self._binding.bind_ortvalue_output(name.replace(".", "_out."), buffer.value)
 
     def run(self, tokens: Sequence[int], first: int, window_start: int, more: Sequence[Logits]) -> Outputs:
-        """``tokens`` at position ``first`` and those after it; positions before ``window_start`` have left the
+        """``tokens`` at position ``first`` and after; positions before ``window_start`` have left the
         windows. Raises EngineError."""
         self._ids[0] = tokens
         np.add(self._order, first, out=self._positions[0])
