@@ -233,6 +233,7 @@ def test_jsonl_and_compare(plain: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["--head", "flash"], "edgert export"),
         (["--peer", "llama.cpp"], "did you mean llamacpp?"),
         (["--peer", "llamacpp=/tmp"], "drop =/tmp"),
+        (["--peer", "onnx"], "onnx=DIR"),
         (["--peer", "transformers=/nowhere"], "there is no directory '/nowhere'"),
         (["-o", "htm"], "did you mean html?"),
         (["--kv", "f17"], "did you mean f16?"),
@@ -270,6 +271,7 @@ def test_a_wrong_number_of_files_exits_with_2(arguments: list[str]) -> None:
         ("llamacpp", "llama-cpp-python"),
         ("transformers", "transformers"),
         ("onnxruntime-genai=.", "onnxruntime-genai"),
+        ("onnx=.", "onnxruntime"),
     ],
 )
 def test_a_peer_that_is_not_there_is_named(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgert.cost import kv_bytes
 from edgert.engines.base import Ids, Logits
 from edgert.engines.onnx_caches import Slots, States
 from edgert.engines.onnx_pass import Outputs, Pass
@@ -167,6 +168,11 @@ class OnnxSession:
         """Bytes of keys and values in use."""
         full, windows = self._full, self._windows
         return full.row_bytes * self._length + windows.row_bytes * (self._length - windows.start)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of keys and values the next step reads."""
+        return round(kv_bytes(self._engine.spec, self._length, "f32"))
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         self._check(tokens)
