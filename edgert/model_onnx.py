@@ -11,6 +11,7 @@ from .engines.onnx_providers import check_provider
 from .errors import UsageError
 from .model import Model
 from .onnx_directory import OnnxDirectory
+from .onnx_plan import check_fits
 from .planner import check_context
 from .tokenizer import Tokenizer
 
@@ -37,17 +38,15 @@ def load_export(
     others: Mapping[str, Any],
 ) -> Model:
     """What :func:`edgert.load` does for a directory; ``others`` are its arguments that are for .gguf files
-    alone. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError."""
+    alone. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError,
+    before anything is allocated, when the model with a session of ``context`` does not fit."""
     if engine not in ("auto", "onnx"):
         raise UsageError(
             f"{path} is an ONNX export, which engine={engine!r} does not run: use engine='onnx', or give the "
             ".gguf file it was made of"
         )
     check_provider(provider)
-    for name, given in others.items():
-        default, why = _FIXED[name]
-        if given != default:
-            raise UsageError(f"{name}={given!r} is not for {path}, an ONNX export: {why}; drop it")
+    refuse_options(path, others)
     directory = OnnxDirectory.open(path)
     if head in ("flash", "exact") and directory.flash_head is None:
         raise UsageError(
@@ -55,6 +54,7 @@ def load_export(
             "or use head='dense'"
         )
     check_context(context, directory.spec.context_length)
+    check_fits(directory, context or directory.context, threads, head)
     loaded = OnnxEngine(directory, provider, threads)
     if head == "auto":
         head = "flash" if directory.flash_head else "dense"
@@ -68,3 +68,11 @@ def load_export(
         head=head,
         fingerprint=directory.sha256,
     )
+
+
+def refuse_options(path: Path, others: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option of .gguf files that was changed from its default."""
+    for name, given in others.items():
+        default, why = _FIXED[name]
+        if given != default:
+            raise UsageError(f"{name}={given!r} is not for {path}, an ONNX export: {why}; drop it")

@@ -99,8 +99,11 @@ def test_a_provider_that_is_missing_is_no_fall_to_the_processor(provider: str) -
 @pytest.mark.parametrize(
     ("release", "remedy"),
     [
-        ("36", r"JetPack 6 \(L4T 36.4.7\).*--index-url https://pypi.jetson-ai-lab.io/jp6/cu126"),
-        ("35", r"L4T 35.4.7\).* for JetPack 5 .*not that of PyPI"),
+        (
+            "36",
+            r"JetPack 6 \(L4T 36.4.7\).*not that of PyPI: look in https://pypi.jetson-ai-lab.io/jp6/cu126",
+        ),
+        ("35", r"JetPack 5 \(L4T 35.4.7\).*not that of PyPI"),
         ("38", r"JetPack 7 "),
     ],
 )
@@ -108,6 +111,18 @@ def test_on_a_jetson_the_wheel_is_another_one(tmp_path: Path, release: str, reme
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text(f"# R{release} (release), REVISION: 4.7, GCID: 1\n")
     assert re.search(remedy, onnx_providers._remedy("cuda", tmp_path))
+
+
+def test_an_onnxruntime_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = FakeRuntime([], [])
+    for version, refused in (("1.23.2", True), ("0.99", True), ("1.24.0", False), ("2.0.0rc1", False)):
+        old.__version__ = version
+        monkeypatch.setitem(sys.modules, "onnxruntime", old)
+        if refused:
+            with pytest.raises(EngineError, match=rf"onnxruntime {version} is too old.*1\.24 or newer"):
+                onnx_providers.load_runtime("cpu")
+        else:
+            assert onnx_providers.load_runtime("cpu") is old
 
 
 class FakeRuntime:
