@@ -11,6 +11,7 @@ from .engines.onnx_providers import check_provider
 from .errors import UsageError
 from .model import Model
 from .onnx_directory import OnnxDirectory
+from .onnx_plan import check_fits
 from .planner import check_context
 from .tokenizer import Tokenizer
 
@@ -37,7 +38,8 @@ def load_export(
     others: Mapping[str, Any],
 ) -> Model:
     """What :func:`edgert.load` does for a directory; ``others`` are its arguments that are for .gguf files
-    alone. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError."""
+    alone. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError,
+    before anything is allocated, when a session of ``context`` does not fit the memory there is."""
     if engine not in ("auto", "onnx"):
         raise UsageError(
             f"{path} is an ONNX export, which engine={engine!r} does not run: use engine='onnx', or give the "
@@ -55,14 +57,17 @@ def load_export(
             "or use head='dense'"
         )
     check_context(context, directory.spec.context_length)
-    loaded = OnnxEngine(directory, provider, threads)
+    context = context or directory.context
     if head == "auto":
         head = "flash" if directory.flash_head else "dense"
+    if provider == "cpu":  # nobody has measured what another takes
+        check_fits(directory, context, threads, head)
+    loaded = OnnxEngine(directory, provider, threads)
     return Model(
         loaded,
         Tokenizer.from_gguf(directory.metadata),
         path=str(path),
-        context=context or directory.context,
+        context=context,
         trained_context=directory.spec.context_length,
         kv="f32",
         head=head,
