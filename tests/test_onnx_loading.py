@@ -17,7 +17,7 @@ from tiny_models import prompt, tiny
 import edgert
 from edgert.engines import onnx_providers
 from edgert.engines.onnx_providers import load_graph, load_runtime
-from edgert.errors import EngineError, ModelFileError, UsageError
+from edgert.errors import EngineError, ModelFileError, PlanError, UsageError
 
 
 def test_a_directory_is_run_by_the_onnx_engine() -> None:
@@ -82,6 +82,13 @@ def test_a_directory_is_looked_into_before_onnx_runtime_does(
     monkeypatch.setattr(onnx_providers, "load_graph", None)
     with pytest.raises(ModelFileError, match="sha256"):
         edgert.load(tmp_path)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgert.onnx_plan.memory_left", lambda threads: (40_000_000, "this machine"))
+    monkeypatch.setattr(onnx_providers, "load_graph", None)
+    with pytest.raises(PlanError, match=r"with a context of 200 tokens needs .* of memory and this machine"):
+        edgert.load(exported("llama"), context=200)
 
 
 def test_a_missing_onnxruntime_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

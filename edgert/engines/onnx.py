@@ -196,7 +196,7 @@ class OnnxSession:
         the same pass."""
         self._check([token])
         found = self._pass([token], [-1], flash=True)
-        state = _row(found.hidden).copy()
+        state: Logits = _row(found.hidden).copy()
         self._flash = (state, found)
         return state
 
