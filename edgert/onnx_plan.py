@@ -1,0 +1,165 @@
+"""What a run of an ONNX export will cost: the plan of :mod:`edgert.planner` for a directory.
+
+Memory (:mod:`edgert.onnx_memory`) and time (:mod:`edgert.onnx_time`) are those of ONNX Runtime on the CPU. Of
+other execution providers nothing was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import PlanError, UsageError
+from .memory_left import memory_left
+from .onnx_directory import QUANTS, OnnxDirectory
+from .onnx_memory import parts
+from .onnx_preflight import check_graph
+from .onnx_time import decode_steps, prefill_steps
+from .placement import longest
+from .planner import Part, Plan, Remedy, check_context
+
+if TYPE_CHECKING:
+    from .onnx_wire import Graph
+    from .rates import Rates
+
+
+@dataclass(frozen=True)
+class OnnxCase:
+    """An export, and the options that change what it costs."""
+
+    directory: OnnxDirectory
+    graph: Graph
+    threads: int
+    head: str
+
+    @classmethod
+    def read(cls, directory: OnnxDirectory, threads: int = 0, head: str = "auto") -> OnnxCase:
+        """Raises ModelFileError and UnsupportedModelError for a graph that is not edgert's, UsageError for a
+        head that it has not."""
+        from .platforms.detect import detect_threads
+
+        flash = directory.flash_head is not None
+        if head == "auto":
+            head = "flash" if flash else "dense"
+        if head in ("flash", "exact") and not flash:
+            raise UsageError(
+                f"{directory.path} has no FlashHead, which head={head!r} needs: export the model again with "
+                "--flash-head, or use head='dense'"
+            )
+        return cls(directory, check_graph(directory).graph, threads or detect_threads(), head)
+
+    def memory(self, context: int, quant: str = "") -> tuple[Part, ...]:
+        """The terms of the peak with one session of ``context`` tokens, as the export is or would be in
+        another ``quant``."""
+        return parts(self.directory, self.graph, context, self.head, quant)
+
+    def needed(self, context: int, quant: str = "") -> int:
+        return sum(part.bytes for part in self.memory(context, quant))
+
+    def max_context(self, available: int) -> int:
+        """The longest context that fits ``available`` bytes, at most what the model was made for."""
+        return longest(self.directory.spec.context_length, lambda n: self.needed(n) <= available)
+
+    def remedies(self, context: int, available: int) -> tuple[Remedy, ...]:
+        """What to change when ``context`` tokens do not fit, what saves most first; none when they do."""
+        needed = self.needed(context)
+        if needed <= available:
+            return ()
+        from .download import size_text
+
+        found: list[tuple[str, int]] = []
+        if most := self.max_context(available):
+            found.append((f"a context of {most} tokens (--context {most})", needed - self.needed(most)))
+        for quant in QUANTS:
+            if (saves := needed - self.needed(context, quant)) > 0:
+                found.append((f"an export with weights in {quant} (edgert export --quant {quant})", saves))
+        found.sort(key=lambda pair: -pair[1])
+        remedies = [
+            Remedy(f"{text} saves {size_text(saves)}", saves, needed - saves <= available)
+            for text, saves in found
+        ]
+        short = needed - available
+        remedies.append(Remedy(f"{size_text(short)} more memory, or a smaller model", short, True))
+        return tuple(remedies)
+
+    def plan(self, context: int, rates: Rates, available: int, limit: str) -> Plan:
+        directory = self.directory
+        return Plan(
+            model=directory.name,
+            path=str(directory.path),
+            context=context,
+            trained_context=directory.spec.context_length,
+            kv="f32",
+            attention="full",
+            chosen=0,
+            slots=0,
+            head=self.head,
+            threads=self.threads,
+            platform=rates.name,
+            memory=self.memory(context),
+            available=available,
+            limit=limit,
+            max_context=self.max_context(available),
+            regimes=(),
+            decode=decode_steps(self, rates, context),
+            prefill=prefill_steps(self, rates, context),
+            remedies=self.remedies(context, available),
+        )
+
+
+def plan_export(
+    path: Path,
+    context: int | None,
+    platform: str | None,
+    memory: int | None,
+    threads: int,
+    head: str,
+    others: Mapping[str, Any],
+) -> Plan:
+    """:func:`edgert.plan` for a directory; ``others`` are its arguments that are for .gguf files alone."""
+    from .heads import check_head
+    from .model_onnx import refuse_options
+    from .placement import check_memory
+    from .rates import rates_for
+
+    check_head(head, 0)
+    check_memory(memory, "onnx")
+    refuse_options(path, others)
+    directory = OnnxDirectory.open(path)
+    check_context(context, directory.spec.context_length)
+    rates = rates_for(platform, threads)
+    case = OnnxCase.read(directory, rates.threads, head)
+    if memory is not None:
+        available, limit = memory, "the limit asked for (--memory)"
+    elif platform is not None:
+        available, limit = rates.usable_memory, f"{rates.name}"
+    else:
+        available, limit = memory_left(rates.threads)
+    return case.plan(context or directory.context, rates, available, limit)
+
+
+def needed_bytes(directory: OnnxDirectory, context: int, threads: int = 0, head: str = "auto") -> int:
+    """Bytes at the peak of a process with one session of ``context`` tokens."""
+    return OnnxCase.read(directory, threads, head).needed(context)
+
+
+def check_fits(directory: OnnxDirectory, context: int, threads: int = 0, head: str = "auto") -> None:
+    """Raises PlanError, with what to change, when a session of ``context`` tokens does not fit the memory
+    there is for this process."""
+    from .download import size_text
+
+    case = OnnxCase.read(directory, threads, head)
+    available, limit = memory_left(case.threads)
+    needed = case.needed(context)
+    if needed <= available:
+        return
+    remedies = [remedy.text for remedy in case.remedies(context, available)]
+    raise PlanError(
+        f"{directory.path} with a context of {context} tokens needs {size_text(needed)} of memory and "
+        f"{limit} leaves {size_text(max(available, 0))}; what would help: {'; or '.join(remedies)}",
+        needed,
+        available,
+        remedies,
+    )
