@@ -1,0 +1,239 @@
+"""Sparse keys and values for a graph of ONNX Runtime, after SpeContext (arXiv 2512.00722).
+
+The graph sees the slots of its caches, whatever positions they hold (export/onnx_model.py). So its caches may be
+small: they hold a *working set* of pages of 16 tokens, one set for all layers, while everything is in a store in
+memory or partly on a disk (native/slot_store.h). Shapes never change. In the set are always the first page and
+the last 128 tokens, with what has no index yet (up to 255 more); of the pages between those that are worth
+most. A page is worth the votes of the queries of the last step, or nine tenths of what it was worth before
+where that is more, as in the native engine's tier. Between two steps the difference alone is copied.
+
+A pass over several tokens sees everything: where not all of it is in the slots, it gets caches of its own, as large
+as the sequence, which are filled from the store and dropped afterwards.
+
+What is in the set depends on the tokens alone, so a store on a disk gives the same tokens. It keeps float16: a page
+that left and came back is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert import _native
+from edgert.errors import EngineError, UsageError
+from edgert.models import ModelSpec
+from edgert.tier import IN_MEMORY, Tier
+
+PAGE = 16  # tokens
+RECENT = 24  # pages at most that have no index and stay
+ENTERING = 8  # pages at most that a step lets in
+VOTERS = 8  # last tokens of a prompt whose queries vote
+FADE = np.float32(0.9)
+LEAST_SLOTS = PAGE * (1 + RECENT + ENTERING)
+_NONE = -1
+
+Array = npt.NDArray[np.float32]
+
+
+def full_layers(spec: ModelSpec) -> list[int]:
+    """The attention layers that see everything."""
+    return [i for i, layer in enumerate(spec.layers) if layer.kind == "attention" and not layer.window]
+
+
+def check_slots(slots: int) -> None:
+    """Raises UsageError for a working set that is too small or is not of whole pages."""
+    if slots < LEAST_SLOTS or slots % PAGE:
+        raise UsageError(
+            f"a working set has a multiple of {PAGE} slots, at least {LEAST_SLOTS}, not {slots}: "
+            f"{PAGE * RECENT} recent tokens and the first {PAGE} are always in it"
+        )
+
+
+class WorkingSet:
+    """``slots`` of the caches of one sequence of at most ``context`` positions, and the store behind them.
+
+    ``arrays``: the graph's caches at present, "k.i" and "v.i" of the layers of :func:`full_layers`, float32 [1, KV
+    heads, slots, head dim]; ``threads`` count votes. Raises UsageError and EngineError.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, context: int, slots: int, threads: int, tier: Tier = IN_MEMORY
+    ) -> None:
+        check_slots(slots)
+        self._spec, self._layers, self._places = spec, full_layers(spec), slots // PAGE
+        layers = replace(spec, layers=tuple(spec.layers[i] for i in self._layers))
+        self._store = _native.SlotStore(layers.as_dict(), context, threads, *tier)
+        self._own, self._own_slots = self._caches(slots)
+        self.arrays = self._own
+        self._slots = self._own_slots
+        self._pages: list[int] = []  # of the own caches, by place; _NONE: nothing of use
+        self._worth = np.zeros(0, np.float32)
+        self._fresh = False  # a prompt has been read: any number of pages may enter
+        self.copied_pages = self.moved_pages = 0  # from the store into slots, and from slots to others
+
+    def _caches(self, slots: int) -> tuple[dict[str, Array], _native.Slots]:
+        arrays = {
+            f"{c}.{i}": np.zeros(
+                (1, self._spec.layers[i].n_kv_heads, slots, self._spec.head_dim), np.float32
+            )
+            for c in "kv"
+            for i in self._layers
+        }
+        keys, values = ([arrays[f"{c}.{i}"] for i in self._layers] for c in "kv")
+        return arrays, _native.Slots(self._store, keys, values)
+
+    @property
+    def length(self) -> int:
+        return self._store.length
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a page in the slots, float32."""
+        heads = sum(self._spec.layers[i].n_kv_heads for i in self._layers)
+        return 2 * 4 * PAGE * heads * self._spec.head_dim
+
+    @property
+    def nbytes(self) -> int:
+        """Of the caches at present and of the store."""
+        arrays = {id(a): a for a in (*self._own.values(), *self.arrays.values())}
+        return sum(a.nbytes for a in arrays.values()) + self._store.nbytes
+
+    @property
+    def pages(self) -> list[int]:
+        """The pages in the slots, sorted."""
+        return sorted(page for page in self._pages if page != _NONE)
+
+    @property
+    def tier(self) -> dict[str, float] | None:
+        """What the store's disk tier holds and did; None when all of it is in memory."""
+        return self._store.tier
+
+    def step(self) -> int:
+        """Makes a slot for one token, with the set of pages that it sees in front of it; returns how many
+        slots are filled. Raises EngineError when a page cannot be read; nothing that matters has changed then."""
+        length = self._store.length
+        last = length // PAGE
+        self._arrange(self._choose(last + 1), last)
+        self._fresh = False
+        return (len(self._pages) - 1) * PAGE + length % PAGE
+
+    def whole(self, n: int) -> int:
+        """Makes ``arrays`` hold everything and have slots for ``n`` more tokens; returns how many are filled.
+        :meth:`back` must follow when these have been appended. Raises EngineError."""
+        length = self._store.length
+        pages = _pages(length)
+        if _pages(length + n) <= self._places:
+            if self._pages[:pages] != list(range(pages)):
+                self._arrange(list(range(pages)), pages - 1)
+            self._pages = list(range(_pages(length + n)))
+            return length
+        arrays, slots = self._caches(PAGE * _pages(length + n))
+        for page in range(pages):
+            self._store.read(page, slots, page)
+        self.arrays, self._slots = arrays, slots
+        return length
+
+    def back(self) -> None:
+        """``arrays`` are those of the working set again."""
+        self.arrays, self._slots = self._own, self._own_slots
+
+    def append(self, first: int, n: int, queries: Array) -> None:
+        """The tokens in the ``n`` slots from ``first`` on are the next ones of the sequence. ``queries``: the
+        graph's output for the last of them, [rows, …], of which there may be none. Raises EngineError."""
+        votes = self._store.append(self._slots, first, n, queries if len(queries) else None)
+        if n > 1:
+            self._fresh = True
+        if not len(queries):
+            return
+        worth = self._known_worth(len(votes))
+        self._worth = np.maximum(worth * FADE, votes)
+
+    def rewind(self, length: int) -> int:
+        """Forgets what comes after ``length`` tokens; returns how many are left. Raises EngineError."""
+        kept = self._store.rewind(length)
+        left = _pages(kept)
+        self._pages = [page if page < left else _NONE for page in self._pages]
+        self._worth = self._worth[: self._store.indexed_pages]
+        self._fresh = True
+        return kept
+
+    def save(self) -> bytes:
+        """Of the sequence and what its pages are worth; see :meth:`load`."""
+        worth = self._known_worth(self._store.indexed_pages)
+        return len(worth).to_bytes(8, "little") + worth.tobytes() + self._store.save()
+
+    def load(self, state: bytes) -> None:
+        """Goes on where :meth:`save` was called, with another set of slots if need be. Raises EngineError."""
+        count = int.from_bytes(state[:8], "little")
+        end = 8 + 4 * count
+        if len(state) < end:
+            raise EngineError("the saved session is shorter than it says")
+        self._pages = []
+        self._store.load(state[end:])
+        self._worth = np.frombuffer(state[8:end], np.float32).copy()
+        self._fresh = True
+
+    def _known_worth(self, pages: int) -> Array:
+        """What pages with an index are worth; new ones as much as the others on average."""
+        worth = self._worth[:pages]
+        average = worth.mean() if len(worth) else 0.0
+        return np.concatenate([worth, np.full(pages - len(worth), average, np.float32)])
+
+    def _choose(self, pages: int) -> list[int]:
+        """Of the first ``pages``, which are all, those that the set is to have."""
+        if pages <= self._places:
+            return list(range(pages))
+        indexed = self._store.indexed_pages
+        worth = self._known_worth(indexed)
+        # Of equals the later one.
+        order = np.lexsort((-np.arange(indexed), -worth))
+        order = order[order > 0]
+        inside = np.zeros(indexed, bool)
+        inside[[page for page in self._pages if 0 <= page < indexed]] = True
+        room = self._places - 1 - (pages - indexed)
+        best = order[:room]
+        entering = best[~inside[best]]
+        if not self._fresh:
+            entering = entering[:ENTERING]
+        staying = order[inside[order]][: room - len(entering)]
+        return [0, *staying.tolist(), *entering.tolist(), *range(indexed, pages)]
+
+    def _arrange(self, wanted: Sequence[int], last: int) -> None:
+        """Puts the pages ``wanted`` into the first places, ``last`` at their end, with the fewest copies. A page
+        behind the store's tokens has nothing to be copied."""
+        end, keep = len(wanted) - 1, set(wanted) - {last}
+        pages = self._pages
+        pages += [_NONE] * (end + 1 - len(pages))
+        holes = [place for place in range(end) if pages[place] not in keep]
+        known = last * PAGE < self._store.length
+        if known and last in pages[:end]:  # gone back into it: its rounded copy is as good
+            pages[pages.index(last)] = _NONE
+        for place in range(end, len(pages)):
+            if pages[place] in keep:
+                hole = holes.pop()
+                pages[hole] = _NONE
+                self._store.move(self._own_slots, place, hole)
+                pages[hole], pages[place] = pages[place], _NONE
+                self.moved_pages += 1
+        missing = keep.difference(pages)
+        for page in sorted(missing):
+            self._read(page, holes.pop())
+        if pages[end] != last:
+            pages[end] = _NONE
+            if known:
+                self._read(last, end)
+            pages[end] = last
+        del pages[end + 1 :]
+
+    def _read(self, page: int, place: int) -> None:
+        self._pages[place] = _NONE
+        self._store.read(page, self._own_slots, place)
+        self._pages[place] = page
+        self.copied_pages += 1
+
+
+def _pages(tokens: int) -> int:
+    return -(-tokens // PAGE)
