@@ -9,7 +9,7 @@ from typing import Protocol
 from edgert.errors import UsageError
 from edgert.models.spec import ModelSpec
 
-KV_ELEMENT_BYTES = {"f16": 2.0, "q8": 34 / 32}  # q8: 32 codes and a scale
+KV_ELEMENT_BYTES = {"f16": 2.0, "q8": 34 / 32, "f32": 4.0}  # q8: 32 codes and a scale; f32: ONNX Runtime
 KV_CHANNELS = {"f16": 1, "q8": 32}  # what the channels of a head must be a multiple of
 
 

@@ -49,7 +49,8 @@ class FlashDrafter:
 
     def states(self, start: int, block: Sequence[int]) -> Logits:
         states, self._states = self._states, []
-        return np.stack(states + [self._session.hidden(token) for token in block[len(states) :]])
+        # Of the last token nothing was drafted, unless it ended the reply.
+        return self._session.confirmed(states, block[-1]) if len(states) < len(block) else np.stack(states)
 
     def weight_bytes(self, engine: Mapping[str, Any], counts: Counts) -> int:
         body: int = engine["body_bytes_per_step"]

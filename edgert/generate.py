@@ -283,7 +283,7 @@ class Stream(Iterator[Piece]):
         if callable(allowed):
             allowed = allowed(tuple(p.token for p in self._pieces if p.token is not None))
         ids = allowed_ids(allowed, session.model.vocab_size)
-        if last is not None and session.is_native:
+        if last is not None and session.has_among:
             exact = session.model.attention == "exact"
             hidden = session.states([last])[0] if exact else session.hidden(last)
             ids, logits = session.among(hidden, ids.tolist())

@@ -62,12 +62,22 @@ def model_path(name_or_path: str | os.PathLike[str], progress: Callable[[], Repo
     return hub.resolve(name_or_path, progress() if progress else None)
 
 
+def onnx_export(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """The directory of an ONNX export that is meant; None for any other model."""
+    path = Path(os.fspath(name_or_path)).expanduser()
+    if not (path / "model.onnx").exists():
+        return None
+    from .models.catalogue import find
+
+    return None if isinstance(name_or_path, str) and find(name_or_path) else path
+
+
 def model_in(directory: Path) -> Path:
     """The one model file in ``directory``, the first part of a split one; sidecars do not count. UsageError
     when there is none or more than one."""
     if (directory / "model.onnx").exists():
         raise UsageError(
-            f"{directory} is an ONNX export, which is for ONNX Runtime itself so far; give a .gguf file"
+            f"{directory} is an ONNX export, which `edgert run` and `edgert chat` take; here give a .gguf file"
         )
     files = [p for p in directory.glob("*.gguf") if not p.name.endswith(SIDECAR_SUFFIX)]
     found = sorted(p for p in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", p.name))

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import _native
 from .attention import choose_budget
-from .engines import check_options, engine_for
+from .engines import check_file, check_options, engine_for
 from .engines.base import Engine
 from .errors import ModelFileError, UnsupportedModelError, UsageError
 from .generate import Reply, Stream
 from .head_classes import ALL_INDEXED, check_heads
 from .heads import check_head, choose_retrieval, choose_sidecar
-from .locate import model_path
+from .locate import model_path, onnx_export
 from .placement import check_memory, make_tier
 from .planner import Case, check_context, choose_context
 from .session import Message, Prompt, Session, finish
@@ -32,6 +32,7 @@ def load(
     name_or_path: str | PathLike[str],
     *,
     engine: str = "auto",
+    provider: str = "cpu",
     threads: int = 0,
     context: int | None = None,
     kv: str = "f16",
@@ -46,8 +47,10 @@ def load(
 ) -> Model:
     """Load a model.
 
-    ``name_or_path``: a name of the catalogue, a GGUF file, or ``hf:owner/repo/file.gguf``.
-    ``engine``: "native", "llamacpp", or "auto", which is native for what native knows.
+    ``name_or_path``: a name of the catalogue, a GGUF file, the directory of an ONNX export, or
+    ``hf:owner/repo/file.gguf``.
+    ``engine``: "native", "llamacpp", "onnx", or "auto", which is native for what native knows and onnx for an
+    ONNX export. ``provider``: what onnx computes on, "cpu", "cuda" or "tensorrt".
     ``threads``: 0 takes as many as the machine has cores. ``context``: positions a session may
     hold; None is what the model was made for, or what memory allows when that is less (it is only
     taken as a session grows).
@@ -71,6 +74,22 @@ def load(
     """
     check_head(head, probes)
     check_options(engine, threads, kv)
+    export = onnx_export(name_or_path)
+    if export:
+        from .model_onnx import load_export
+
+        others = {
+            "kv": kv,
+            "probes": probes,
+            "attention": attention,
+            "budget": budget,
+            "heads": heads,
+            "memory": memory,
+            "page_directory": page_directory,
+            "page_limit": page_limit,
+        }
+        return load_export(export, engine, provider, threads, context, head, others)
+    check_file(name_or_path, engine, provider)
     check_memory(memory, engine)
     chosen = choose_budget(attention, budget, engine)
     check_heads(heads, attention)
@@ -142,7 +161,8 @@ class Model:
     ``context`` is what a session may hold, ``trained_context`` what the model was made for, ``head``
     "dense", "flash" or "exact", ``probes`` the clusters asked for (0: the sidecar's number), ``attention``
     "full", "sparse" or "exact", ``chosen`` the past tokens that a step chooses for each KV head (0: it reads
-    all), ``memory_limit`` the bytes it was loaded with leave to take (None: what there is).
+    all), ``memory_limit`` the bytes it was loaded with leave to take (None: what there is), ``fingerprint``
+    what names the model (empty: that of the file at ``path``).
     """
 
     def __init__(
@@ -159,12 +179,13 @@ class Model:
         attention: str = "full",
         chosen: int = 0,
         memory_limit: int | None = None,
+        fingerprint: str = "",
     ) -> None:
         self.engine, self.tokenizer, self.head, self.probes = engine, tokenizer, head, probes
         self.path, self.context, self.trained_context, self.kv = path, context, trained_context, kv
         self.attention, self.chosen, self.memory_limit = attention, chosen, memory_limit
         self.vocab_size = engine.vocab_size
-        self._fingerprint = ""
+        self._fingerprint = fingerprint
         self._closed = False
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
@@ -225,16 +246,8 @@ class Model:
 
     def head_note(self) -> str:
         """One line on the head in use: what it scores and how often it agrees with the dense head."""
-        sidecar = getattr(self.engine, "sidecar", None)
-        if sidecar is None or self.head == "dense":
-            return "dense head"
-        described = self.engine.describe()
-        probes, keep = described["probes"], described["keep"]
-        parts = [f"{probes} clusters of {sidecar.cluster_size}"] if probes else []
-        parts += [f"the best {keep} units of 16"] if keep else []
-        line = f"{self.head} head from {sidecar.path.name}, {', '.join(parts)}"
-        agreement = sidecar.agreement if (probes, keep) == sidecar.budget() else None
-        return line if agreement is None else f"{line}, {agreement:.2%} of the dense head's tokens"
+        note = getattr(self.engine, "flash_note", None)
+        return "dense head" if note is None or self.head == "dense" else f"{self.head} head {note}"
 
     def memory(self) -> dict[str, int]:
         """Bytes by part, as the engine counts them."""

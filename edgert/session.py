@@ -15,7 +15,7 @@ from .generate import Reply, Stream
 from .sampling import make_options
 
 if TYPE_CHECKING:
-    from .engines.base import EngineSession, Ids, Logits
+    from .engines.base import EngineSession, HeadSession, Ids, Logits
     from .engines.native import NativeSession
     from .model import Model
 
@@ -171,7 +171,7 @@ class Session:
         self._tokens.append(token)
         return sequence.step(token)
 
-    # What a FlashHead needs, and only the native engine has; see ``_native.Model`` for the shapes.
+    # What a FlashHead needs; engines/base.py has the shapes.
 
     @property
     def length(self) -> int:
@@ -179,10 +179,17 @@ class Session:
 
     def hidden(self, token: int) -> Logits:
         """Append a token and return the head's input after it, [dim]."""
-        sequence = self._native()
+        sequence = self._heads()
         self._note_draft()
         self._tokens.append(token)
         return sequence.hidden(token)
+
+    def confirmed(self, earlier: Sequence[Logits], token: int) -> Logits:
+        """Append a token. Returns the head's inputs ``earlier`` and that after the token, [n, dim], for the
+        whole head to score."""
+        sequence = self._heads()
+        self._tokens.append(token)
+        return sequence.confirmed(earlier, token)
 
     def states(self, tokens: Sequence[int]) -> Logits:
         """Append tokens in one pass over the full cache, and return the head's input after each, [n, dim]."""
@@ -193,7 +200,7 @@ class Session:
     def flash(self, hidden: Logits, more: Sequence[int]) -> tuple[Ids, Logits]:
         """The tokens that the FlashHead scores after ``hidden``, those of ``more`` among them, and their
         logits."""
-        return self._native().flash(hidden, more)
+        return self._heads().flash(hidden, more)
 
     def among(self, hidden: Logits, ids: Sequence[int]) -> tuple[Ids, Logits]:
         """The tokens ``ids`` in another order, and their dense logits: only their rows are read."""
@@ -201,16 +208,16 @@ class Session:
 
     def dense(self, hidden: Logits) -> Logits:
         """Logits of rows of head inputs by the whole head, [n, vocab]."""
-        return self._native().dense(hidden)
+        return self._heads().dense(hidden)
 
     def dense_rows(self, hidden: Logits) -> tuple[Ids | None, Logits]:
         """The tokens of the head's rows (None: in order), and their logits for rows of head inputs,
         [n, rows]."""
-        return self._native().dense_rows(hidden)
+        return self._heads().dense_rows(hidden)
 
     def best(self, hidden: Logits) -> list[int]:
         """The likeliest token of rows of head inputs, by the whole head."""
-        return self._native().best(hidden)
+        return self._heads().best(hidden)
 
     def rewind(self, length: int) -> None:
         """Forget positions from ``length`` on."""
@@ -227,13 +234,20 @@ class Session:
             self._drafted = self._open().length
 
     @property
-    def is_native(self) -> bool:
+    def has_among(self) -> bool:
+        """Whether :meth:`among` is there, for less than the whole head takes."""
         return hasattr(self._open(), "among")
+
+    def _heads(self) -> HeadSession:
+        sequence = self._open()
+        if not hasattr(sequence, "flash"):
+            raise EngineError(f"the {self.model.engine.name} engine has no FlashHead: use head='dense'")
+        return cast("HeadSession", sequence)
 
     def _native(self) -> NativeSession:
         sequence = self._open()
-        if not self.is_native:
-            raise EngineError("only the native engine has a FlashHead: use head='dense'")
+        if not self.has_among:
+            raise EngineError("this needs the native engine: use attention='full'")
         return cast("NativeSession", sequence)
 
     def _open(self) -> EngineSession:

@@ -10,6 +10,7 @@ from . import gemma3, lfm2, llama, qwen2, qwen3
 from .checks import check_spec, check_tensors
 from .errors import BadModelMetadata, UnsupportedArchitecture
 from .spec import LayerSpec, ModelSpec
+from .spec_dict import spec_from_dict
 
 __all__ = [
     "FAMILIES",
@@ -20,6 +21,7 @@ __all__ = [
     "check_tensors",
     "load_hf_spec",
     "load_spec",
+    "spec_from_dict",
 ]
 
 # GGUF architecture -> the module that has from_gguf, from_hf and hf_tensor_names for it.

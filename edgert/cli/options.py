@@ -19,7 +19,9 @@ MAX_TOKENS = 512
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="name, path of a .gguf file, or hf:owner/repo/file.gguf"
+        "model",
+        metavar="MODEL",
+        help="name, path of a .gguf file or of an ONNX export, or hf:owner/repo/file.gguf",
     )
 
 
@@ -32,7 +34,18 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest prompt and answer together, in tokens; default: what the model was made for",
     )
-    load.add_argument("--engine", default="auto", metavar="NAME", help="auto (default), native or llamacpp")
+    load.add_argument(
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help="auto (default): native for what it knows, onnx for an ONNX export; native, llamacpp or onnx",
+    )
+    load.add_argument(
+        "--provider",
+        default="cpu",
+        metavar="NAME",
+        help="what ONNX Runtime computes on: cpu (default), cuda or tensorrt",
+    )
     load.add_argument(
         "--head",
         default="auto",
@@ -173,10 +186,10 @@ def parse_size(text: str) -> int:
 
 def load_model(args: argparse.Namespace) -> Model:
     """Find, fetch if need be, and load the model that ``args`` names."""
-    from edgert.locate import model_path
+    from edgert.locate import model_path, onnx_export
     from edgert.model import load
 
-    path = model_path(args.model, _bar)
+    path = onnx_export(args.model) or model_path(args.model, _bar)
     terminal = sys.stderr.isatty()
     if terminal:
         print(f"loading {args.model} …", end="", file=sys.stderr, flush=True)
@@ -184,6 +197,7 @@ def load_model(args: argparse.Namespace) -> Model:
         model = load(
             path,
             engine=args.engine,
+            provider=args.provider,
             threads=args.threads,
             context=args.context,
             kv=args.kv,
@@ -197,7 +211,7 @@ def load_model(args: argparse.Namespace) -> Model:
     finally:
         if terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    if args.context is None and model.context < model.trained_context:
+    if args.context is None and model.context < model.trained_context and model.engine.name != "onnx":
         print(
             f"edgert: memory allows a context of {model.context} tokens; the model was made for "
             f"{model.trained_context} (see `edgert plan {args.model}`)",

@@ -145,7 +145,7 @@ def speed_line(report: dict[str, Any]) -> str:
     # llama.cpp lists every feature it was built for; one name tells enough here.
     isa = str(engine.get("isa") or "").split()
     best = next((name for name in ("AVX512_VNNI", "AVX512", "AVX2", "DOTPROD", "NEON") if name in isa), "")
-    about = f"{engine['engine']} {best or ' '.join(isa[:1])}".strip()
+    about = f"{engine['engine']} {best or ' '.join(isa[:1]) or engine.get('provider', '')}".strip()
     threads = engine.get("threads")
     parts.append(f"{about}, {threads} threads" if threads else about)
     return " | ".join(parts)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .base import Engine
 
-ENGINES = ("auto", "native", "llamacpp")
+ENGINES = ("auto", "native", "llamacpp", "onnx")
 KV_TYPES = ("f16", "q8")
 
 
@@ -31,6 +31,20 @@ def check_options(engine: str, threads: int, kv: str) -> None:
         raise UsageError(f"unknown kv type {kv!r}: expected one of {', '.join(KV_TYPES)}")
     if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= 1024:
         raise UsageError(f"threads must be 0 (as many as the machine has cores) to 1024, not {threads!r}")
+
+
+def check_file(path: str | PathLike[str], engine: str, provider: str = "cpu") -> None:
+    """Raises UsageError for what a .gguf file cannot be run with."""
+    if engine == "onnx":
+        what = "engine='onnx'"
+    elif provider != "cpu":
+        what = f"provider={provider!r}"
+    else:
+        return
+    raise UsageError(
+        f"{what} is for the directories that `edgert export MODEL --format onnx` writes, and {path} is a .gguf "
+        "file: export it and give the directory"
+    )
 
 
 def open_engine(
@@ -68,6 +82,7 @@ def engine_for(
     pages) are for native alone. Raises UsageError, UnsupportedModelError, ModelFileError or EngineError.
     """
     check_options(engine, threads, kv)
+    check_file(file.path, engine)
     threads = threads or detect_threads()
     if engine == "llamacpp":
         return _open_llamacpp(file.path, threads, context, kv)

@@ -1,5 +1,5 @@
 """The engine protocol: what a backend must offer so that sessions, samplers and the bench can
-drive it. Three backends implement it: ``native``, ``llamacpp`` and, later, ``onnx``."""
+drive it. Three backends implement it: ``native``, ``llamacpp`` and ``onnx``."""
 
 from __future__ import annotations
 
@@ -48,6 +48,38 @@ class EngineSession(Protocol):
     def restore(self, state: bytes) -> None: ...
 
     def close(self) -> None: ...
+
+
+class HeadSession(EngineSession, Protocol):
+    """A sequence whose head can be told apart from the layers before it: what a FlashHead needs. Head inputs
+    that one of these methods returned are best given to the others as that very array: an engine may have
+    their scores already."""
+
+    def hidden(self, token: int) -> Logits:
+        """Append one token and return the head's input after it, [dim]."""
+        ...
+
+    def confirmed(self, earlier: Sequence[Logits], token: int) -> Logits:
+        """Append one token. Returns the head's inputs ``earlier`` and that after the token, [n, dim], all of
+        which the whole head is going to score."""
+        ...
+
+    def flash(self, hidden: Logits, more: Sequence[int]) -> tuple[Ids, Logits]:
+        """The tokens that the FlashHead scores after one head input, each once, those of ``more`` among them,
+        and their logits."""
+        ...
+
+    def dense(self, hidden: Logits) -> Logits:
+        """Logits of rows of head inputs by the whole head, [n, vocab]."""
+        ...
+
+    def dense_rows(self, hidden: Logits) -> tuple[Ids | None, Logits]:
+        """The tokens of the head's rows (None: in order), and their logits, [n, rows]."""
+        ...
+
+    def best(self, hidden: Logits) -> list[int]:
+        """The likeliest token of each head input, by the whole head; of equals the first."""
+        ...
 
 
 class Engine(Protocol):

@@ -81,6 +81,9 @@ class NativeSession:
         state: Logits = self._model.hidden(self._cache, np.array([token], dtype=np.int32))[0]
         return state
 
+    def confirmed(self, earlier: Sequence[Logits], token: int) -> Logits:
+        return np.stack([*earlier, self.hidden(token)])
+
     def states(self, tokens: Sequence[int]) -> Logits:
         return self._model.hidden(self._cache, np.asarray(tokens, dtype=np.int32), full=True)
 
@@ -164,6 +167,17 @@ class NativeEngine:
         return NativeSession(
             self._model, context, self.kv, self.chosen, self.tier, self.heads, self.probes, self.keep
         )
+
+    @property
+    def flash_note(self) -> str | None:
+        """What the FlashHead scores and how often it agrees with the dense head; None without one."""
+        if self.sidecar is None:
+            return None
+        parts = [f"{self.probes} clusters of {self.sidecar.cluster_size}"] if self.probes else []
+        parts += [f"the best {self.keep} units of 16"] if self.keep else []
+        note = f"from {self.sidecar.path.name}, {', '.join(parts)}"
+        agreement = self.sidecar.agreement if (self.probes, self.keep) == self.sidecar.budget() else None
+        return note if agreement is None else f"{note}, {agreement:.2%} of the dense head's tokens"
 
     def memory(self) -> dict[str, int]:
         return self._model.memory()

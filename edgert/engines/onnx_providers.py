@@ -1,0 +1,126 @@
+"""ONNX Runtime itself: whether it is there, the execution provider that was asked for, and what the nodes of
+a graph run on in the end."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgert.errors import EngineError, UsageError
+from edgert.platforms.state import detect_l4t
+
+_REMEDY = "pip install 'edgert[onnx]'"
+_CPU = "CPUExecutionProvider"
+# In the order in which ONNX Runtime offers them nodes: TensorRT takes no operators of com.microsoft, the CPU
+# what is left.
+_ORDER = {
+    "cpu": (_CPU,),
+    "cuda": ("CUDAExecutionProvider", _CPU),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", _CPU),
+}
+PROVIDERS = tuple(_ORDER)
+# Operators in which a pass spends its time: with these on the processor nothing is accelerated.
+_HEAVY = frozenset({"MatMul", "MatMulNBits", "GroupQueryAttention"})
+_JETSON_INDEX = "https://pypi.jetson-ai-lab.io"
+
+
+def check_provider(provider: str) -> None:
+    """Raises UsageError for a provider that there is not."""
+    if provider not in _ORDER:
+        raise UsageError(f"unknown provider {provider!r}: expected one of {', '.join(PROVIDERS)}")
+
+
+def load_runtime(provider: str) -> Any:
+    """The module onnxruntime, with telemetry off. Raises EngineError when it is missing or does not load, or
+    was built without ``provider``."""
+    try:
+        runtime = importlib.import_module("onnxruntime")
+    except ModuleNotFoundError as error:
+        raise EngineError(f"this needs onnxruntime, which is missing; {_remedy(provider)}") from error
+    except (ImportError, OSError) as error:  # the package is there, its shared library does not load
+        raise EngineError(
+            f"onnxruntime is installed but does not load ({error!s:.200}); {_remedy(provider)}"
+        ) from error
+    runtime.disable_telemetry_events()
+    available = runtime.get_available_providers()
+    missing = [name for name in _ORDER[provider] if name not in available]
+    if missing:
+        raise EngineError(
+            f"provider={provider!r} needs {' and '.join(missing)}, and onnxruntime {runtime.__version__} has "
+            f"{', '.join(available)}; {_remedy(provider)}, or take provider='cpu'"
+        )
+    return runtime
+
+
+def _remedy(provider: str, root: Path = Path("/")) -> str:
+    """What to install for ``provider``. The wheels of onnxruntime-gpu on PyPI are for x86 and for servers with
+    ARM: none has the CUDA of a Jetson."""
+    if provider == "cpu":
+        return _REMEDY
+    l4t = detect_l4t(root)
+    release = int(l4t.partition(".")[0]) if l4t else 0
+    if release == 36:
+        how = f"pip install onnxruntime-gpu --index-url {_JETSON_INDEX}/jp6/cu126"
+        return f"on a Jetson with JetPack 6 (L4T {l4t}): pip uninstall onnxruntime, then {how}"
+    if release:
+        pack = {35: "JetPack 5", 38: "JetPack 7", 39: "JetPack 7"}.get(release, "its JetPack")
+        return (
+            f"on this Jetson (L4T {l4t}) install the wheel of onnxruntime-gpu for {pack} from {_JETSON_INDEX}, "
+            "not that of PyPI"
+        )
+    machine = platform.machine()
+    if machine not in ("x86_64", "AMD64"):
+        return f"onnxruntime-gpu has to be one built for this machine ({machine})"
+    return "pip uninstall onnxruntime, then pip install 'edgert[onnx-gpu]'"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """``session``: an onnxruntime.InferenceSession. ``nodes``: how many run on which provider, by its name;
+    empty when this ONNX Runtime (before 1.24) does not say. ``device``: where caches belong, "cpu" or
+    "cuda"."""
+
+    session: Any
+    nodes: dict[str, int]
+    device: str
+
+
+def load_graph(graph: Path, provider: str, threads: int) -> Loaded:
+    """Load the graph in a file. Raises EngineError when ONNX Runtime cannot, and when ``provider`` is an
+    accelerator that took none, or not all, of the heavy nodes: they would run on the processor unnoticed."""
+    runtime = load_runtime(provider)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    try:
+        session = runtime.InferenceSession(str(graph), options, providers=list(_ORDER[provider]))
+    except Exception as error:  # whatever ONNX Runtime's classes derive from
+        raise EngineError(f"ONNX Runtime cannot load {graph}: {error!s:.500}") from error
+    found = session.get_providers()
+    if provider != "cpu" and _ORDER[provider][0] not in found:
+        raise EngineError(
+            f"provider={provider!r} did not start, only {', '.join(found)} did: see that the driver and the "
+            f"libraries of CUDA{' and TensorRT' if provider == 'tensorrt' else ''} are those that onnxruntime "
+            f"{runtime.__version__} was built for, or take provider='cpu'"
+        )
+    # ONNX Runtime has told of it since 1.24.
+    told = getattr(session, "get_provider_graph_assignment_info", list)()
+    nodes = Counter[str]()
+    left = Counter[str]()
+    for part in told:
+        for node in part.get_nodes():
+            nodes[part.ep_name] += 1
+            if part.ep_name == _CPU and node.op_type in _HEAVY:
+                left[node.op_type] += 1
+    if provider != "cpu" and left:
+        what = ", ".join(f"{count} {name}" for name, count in sorted(left.items()))
+        raise EngineError(
+            f"provider={provider!r} leaves {what} of {graph} to the processor: export with another --quant, or "
+            "take provider='cpu'"
+        )
+    return Loaded(session, dict(nodes), "cpu" if provider == "cpu" else "cuda")
