@@ -6,24 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .attention import choose_budget
 from .engines.onnx import OnnxEngine
 from .engines.onnx_providers import check_provider
+from .engines.onnx_sparse import check_slots, pages_in_memory
 from .errors import UsageError
+from .memory_left import resident_bytes
 from .model import Model
 from .onnx_directory import OnnxDirectory
+from .placement import check_memory, make_tier
 from .planner import check_context
+from .tier import Tier
 from .tokenizer import Tokenizer
 
 # What load() takes and an export does not, with the default, and why.
 _FIXED: dict[str, tuple[Any, str]] = {
     "kv": ("f16", "its keys and values are float32"),
     "probes": (0, "what its FlashHead scores was fixed when it was exported"),
-    "attention": ("full", "its steps read all of the past"),
-    "budget": (0, "its steps read all of the past"),
-    "heads": ("none", "its steps read all of the past"),
-    "memory": (None, "its keys and values all lie in memory"),
-    "page_directory": (None, "its keys and values all lie in memory"),
-    "page_limit": (None, "its keys and values all lie in memory"),
+    "heads": ("none", "its heads all see the same"),
 }
 
 
@@ -44,8 +44,9 @@ def load_export(
             ".gguf file it was made of"
         )
     check_provider(provider)
+    slots = _slots(path, provider, others)
     for name, given in others.items():
-        default, why = _FIXED[name]
+        default, why = _FIXED.get(name, (given, ""))
         if given != default:
             raise UsageError(f"{name}={given!r} is not for {path}, an ONNX export: {why}; drop it")
     directory = OnnxDirectory.open(path)
@@ -55,16 +56,60 @@ def load_export(
             "use head='dense'"
         )
     check_context(context, directory.spec.context_length)
-    loaded = OnnxEngine(directory, provider, threads)
+    context = context or directory.context
+    loaded = OnnxEngine(directory, provider, threads, slots)
+    if slots:
+        loaded.tier = _tier(loaded, context, others)
     if head == "auto":
         head = "flash" if directory.flash_head else "dense"
     return Model(
         loaded,
         Tokenizer.from_gguf(directory.metadata),
         path=str(path),
-        context=context or directory.context,
+        context=context,
         trained_context=directory.spec.context_length,
         kv="f32",
         head=head,
+        attention=others["attention"],
+        chosen=slots,
+        memory_limit=others["memory"],
         fingerprint=directory.sha256,
     )
+
+
+def _slots(path: Path, provider: str, others: Mapping[str, Any]) -> int:
+    """Slots of the working set that steps see under sparse attention, 0: they see everything. Raises
+    UsageError."""
+    attention = others["attention"]
+    budget = choose_budget(attention, others["budget"], "onnx")
+    if attention == "exact":
+        raise UsageError(
+            f"attention='exact' is not for {path}, an ONNX export: use attention='full' or 'sparse', or the .gguf "
+            "file it was made of"
+        )
+    if not budget:
+        for name in ("memory", "page_directory", "page_limit"):
+            if others[name] is not None:
+                raise UsageError(
+                    f"{name} is not for full attention on {path}, an ONNX export, whose keys and values all lie "
+                    "in memory: drop it or use attention='sparse'"
+                )
+        return 0
+    if provider != "cpu":
+        raise UsageError(
+            f"attention='sparse' on an ONNX export copies pages in this machine's memory, which provider="
+            f"{provider!r} does not compute in: use attention='full' or provider='cpu'"
+        )
+    check_slots(budget)
+    return budget
+
+
+def _tier(engine: OnnxEngine, context: int, others: Mapping[str, Any]) -> Tier:
+    """Where the keys and values behind the slots of a session lie. Raises PlanError when ``memory`` is too
+    small for it, beside what the process holds now."""
+    memory = others["memory"]
+    check_memory(memory, "onnx")
+    pages = 0
+    if memory is not None:
+        pages = pages_in_memory(engine.spec, context, engine.slots, memory - resident_bytes())
+    return make_tier(pages, others["page_directory"], others["page_limit"])

@@ -11,6 +11,9 @@ namespace {
 
 constexpr float kLog2e = 1.44269504088896341f;
 
+// A step of the graph reads what is in its slots: of the selection only the first and the recent tokens count here.
+const Selection kSelection{.budget = 1};
+
 uint32_t all_heads(const ModelSpec& spec) {
   uint32_t n = 0;
   for (const LayerSpec& l : spec.layers) {
@@ -27,8 +30,7 @@ SlotStore::SlotStore(const ModelSpec& layers, uint32_t context, uint32_t threads
     : spec_(layers),
       kernels_(kernels_for(isa_select())),
       pool_(threads),
-      // A step of the graph reads what is in its slots: of the selection only the first and the recent tokens count here.
-      cache_(layers, context, KvType::F16, {.budget = 1}, tier),
+      cache_(layers, context, KvType::F16, kSelection, tier),
       heads_(all_heads(layers)),
       threads_(pool_.threads()) {
   for (Private& p : threads_) {
@@ -158,6 +160,17 @@ void SlotStore::move(const SlotArrays& arrays, uint32_t place, uint32_t to) cons
         float* const of_head = cache + size_t(head) * arrays.slots * spec_.head_dim;
         std::memmove(of_head + to * n, of_head + place * n, n * sizeof(float));
       }
+}
+
+std::pair<size_t, uint32_t> slot_store_bytes(const ModelSpec& layers, uint32_t length, uint32_t pages) {
+  all_heads(layers);
+  const KvCache cache(layers, length, KvType::F16, kSelection);
+  size_t n = cache.index_bytes_at(length);
+  if (pages)
+    n += cache.tier_bytes_at(length, pages);
+  else
+    for (const KvCache::Share& share : cache.shares_at(length)) n += share.bytes;
+  return {n, cache.least_slots()};
 }
 
 }  // namespace edgert

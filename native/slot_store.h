@@ -6,6 +6,8 @@
 // slots is decided outside (edgert/engines/onnx_sparse.py).
 #pragma once
 #include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -64,5 +66,9 @@ class SlotStore {
   std::vector<float> votes_;
   std::vector<uint8_t> page_;   // one that is not in memory
 };
+
+// What bytes() of a store will be with `length` tokens and `pages` of its pages in memory (0: all), but for the buffers of
+// votes; and the fewest pages there may be.
+std::pair<size_t, uint32_t> slot_store_bytes(const ModelSpec& layers, uint32_t length, uint32_t pages);
 
 }  // namespace edgert

@@ -16,15 +16,19 @@ that left and came back is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgert import _native
-from edgert.errors import EngineError, UsageError
+from edgert.download import size_text
+from edgert.engines.onnx_caches import Buffer
+from edgert.errors import EngineError, PlanError, UsageError
 from edgert.models import ModelSpec
+from edgert.placement import UNSURE
 from edgert.tier import IN_MEMORY, Tier
 
 PAGE = 16  # tokens
@@ -52,54 +56,99 @@ def check_slots(slots: int) -> None:
         )
 
 
+def pages_in_memory(spec: ModelSpec, context: int, slots: int, left: int) -> int:
+    """Pages of the store that lie in memory in a session of ``context`` positions, 0: all of them, where that
+    may take ``left`` bytes. Reading a prompt of that length takes as many slots for a while. Raises PlanError
+    where too few would be left."""
+    layers = _layers(spec)
+    width = 2 * 4 * sum(layer.n_kv_heads for layer in layers.layers) * spec.head_dim
+    taken = width * (slots + 1 + context)
+    room = left - int(UNSURE * left) - taken
+
+    def needed(pages: int) -> int:
+        return _native.slot_store_bytes(layers.as_dict(), context, pages)[0]
+
+    if needed(0) <= room:
+        return 0
+    low, high = _native.slot_store_bytes(layers.as_dict(), context, 0)[1], _pages(context)
+    if low > high or needed(low) > room:
+        short = taken + min(needed(low), needed(0)) - (left - int(UNSURE * left))
+        raise PlanError(
+            f"keys and values of {context} tokens need {size_text(short)} more memory: {size_text(taken)} of slots "
+            "while a prompt of that length is read, and the fewest pages of the store: allow more memory or "
+            "choose a smaller context"
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needed(middle) <= room else (low, middle - 1)
+    return low
+
+
+def _layers(spec: ModelSpec) -> ModelSpec:
+    """With those layers alone that see everything."""
+    return replace(spec, layers=tuple(spec.layers[i] for i in full_layers(spec)))
+
+
 class WorkingSet:
     """``slots`` of the caches of one sequence of at most ``context`` positions, and the store behind them.
 
-    ``arrays``: the graph's caches at present, "k.i" and "v.i" of the layers of :func:`full_layers`, float32 [1, KV
-    heads, slots, head dim]; ``threads`` count votes. Raises UsageError and EngineError.
+    ``buffers``: the graph's caches at present, of the layers of :func:`full_layers`; they have one slot more,
+    :attr:`spare`. ``threads`` count votes. Raises UsageError and EngineError.
     """
 
     def __init__(
-        self, spec: ModelSpec, context: int, slots: int, threads: int, tier: Tier = IN_MEMORY
+        self, runtime: Any, spec: ModelSpec, context: int, slots: int, threads: int, tier: Tier = IN_MEMORY
     ) -> None:
         check_slots(slots)
-        self._spec, self._layers, self._places = spec, full_layers(spec), slots // PAGE
-        layers = replace(spec, layers=tuple(spec.layers[i] for i in self._layers))
-        self._store = _native.SlotStore(layers.as_dict(), context, threads, *tier)
-        self._own, self._own_slots = self._caches(slots)
-        self.arrays = self._own
-        self._slots = self._own_slots
+        self._runtime, self._spec, self._layers = runtime, spec, full_layers(spec)
+        self._places, self.spare = slots // PAGE, slots
+        self._store = _native.SlotStore(_layers(spec).as_dict(), context, threads, *tier)
+        self._own, self._own_slots = self._caches(slots + 1)
+        self.buffers, self._slots = self._own, self._own_slots
         self._pages: list[int] = []  # of the own caches, by place; _NONE: nothing of use
         self._worth = np.zeros(0, np.float32)
         self._fresh = False  # a prompt has been read: any number of pages may enter
-        self.copied_pages = self.moved_pages = 0  # from the store into slots, and from slots to others
+        self.copied_pages = 0  # from the store into slots
 
-    def _caches(self, slots: int) -> tuple[dict[str, Array], _native.Slots]:
-        arrays = {
-            f"{c}.{i}": np.zeros(
-                (1, self._spec.layers[i].n_kv_heads, slots, self._spec.head_dim), np.float32
-            )
+    def _caches(self, slots: int) -> tuple[dict[str, Buffer], _native.Slots]:
+        spec = self._spec
+        buffers = {
+            f"{c}.{i}": Buffer(self._runtime, (1, spec.layers[i].n_kv_heads, slots, spec.head_dim), "cpu")
             for c in "kv"
             for i in self._layers
         }
-        keys, values = ([arrays[f"{c}.{i}"] for i in self._layers] for c in "kv")
-        return arrays, _native.Slots(self._store, keys, values)
+        keys, values = ([buffers[f"{c}.{i}"].read() for i in self._layers] for c in "kv")
+        return buffers, _native.Slots(self._store, keys, values)
 
     @property
     def length(self) -> int:
         return self._store.length
 
     @property
-    def page_bytes(self) -> int:
-        """Of a page in the slots, float32."""
+    def query_width(self) -> int:
+        """Floats of the graph's output ``queries`` for a token."""
+        return len(self._layers) * self._spec.n_heads * self._spec.head_dim
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a slot of all caches together."""
         heads = sum(self._spec.layers[i].n_kv_heads for i in self._layers)
-        return 2 * 4 * PAGE * heads * self._spec.head_dim
+        return 2 * 4 * heads * self._spec.head_dim
+
+    @property
+    def copied_bytes(self) -> int:
+        """Copied from the store into the slots of the working set."""
+        return PAGE * self.row_bytes * self.copied_pages
+
+    @property
+    def filled(self) -> int:
+        """Slots of the working set in use."""
+        return min(self._store.length, PAGE * self._places)
 
     @property
     def nbytes(self) -> int:
-        """Of the caches at present and of the store."""
-        arrays = {id(a): a for a in (*self._own.values(), *self.arrays.values())}
-        return sum(a.nbytes for a in arrays.values()) + self._store.nbytes
+        """Of the slots in use and of the store."""
+        return self.row_bytes * self.filled + self._store.nbytes
 
     @property
     def pages(self) -> list[int]:
@@ -121,7 +170,7 @@ class WorkingSet:
         return (len(self._pages) - 1) * PAGE + length % PAGE
 
     def whole(self, n: int) -> int:
-        """Makes ``arrays`` hold everything and have slots for ``n`` more tokens; returns how many are filled.
+        """Makes ``buffers`` hold everything and have slots for ``n`` more tokens; returns how many are filled.
         :meth:`back` must follow when these have been appended. Raises EngineError."""
         length = self._store.length
         pages = _pages(length)
@@ -130,15 +179,26 @@ class WorkingSet:
                 self._arrange(list(range(pages)), pages - 1)
             self._pages = list(range(_pages(length + n)))
             return length
-        arrays, slots = self._caches(PAGE * _pages(length + n))
+        # An open page goes on there: what the working set has of it will not be all.
+        self._pages = [page if page < length // PAGE else _NONE for page in self._pages]
+        buffers, slots = self._caches(PAGE * _pages(length + n))
         for page in range(pages):
             self._store.read(page, slots, page)
-        self.arrays, self._slots = arrays, slots
+        self.buffers, self._slots = buffers, slots
         return length
 
     def back(self) -> None:
-        """``arrays`` are those of the working set again."""
-        self.arrays, self._slots = self._own, self._own_slots
+        """``buffers`` are those of the working set again."""
+        self.buffers, self._slots = self._own, self._own_slots
+
+    def parts(self, length: int) -> Iterator[tuple[Buffer, tuple[int, ...]]]:
+        """What of the buffers :meth:`save` does not have: nothing."""
+        return iter(())
+
+    def clear(self) -> None:
+        """Forget everything; there is no next token."""
+        self._own.clear()
+        self.buffers = self._own
 
     def append(self, first: int, n: int, queries: Array) -> None:
         """The tokens in the ``n`` slots from ``first`` on are the next ones of the sequence. ``queries``: the
@@ -217,7 +277,6 @@ class WorkingSet:
                 pages[hole] = _NONE
                 self._store.move(self._own_slots, place, hole)
                 pages[hole], pages[place] = pages[place], _NONE
-                self.moved_pages += 1
         missing = keep.difference(pages)
         for page in sorted(missing):
             self._read(page, holes.pop())

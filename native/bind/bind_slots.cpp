@@ -1,8 +1,8 @@
 // The store behind the slots of a graph for ONNX Runtime.
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
@@ -90,9 +90,10 @@ void bind_slots(nb::module_& m) {
       .def_prop_ro("tier", [](const SlotStore& s) -> std::optional<nb::dict> { return tier_stats(s.cache()); },
                    "As Cache.tier; None when all pages are in memory.")
       .def("append", &append, "slots"_a, "first"_a, "n"_a, "queries"_a.noconvert().none() = nb::none(),
-           "Appends the tokens in `n` slots from `first` on. `queries`: of the last of them, after rope, [rows, layers * heads *\n"
-           "head dim]. Returns what they give to the pages with an index, [pages]: the sum over rows, layers and KV heads of the\n"
-           "share that a page's best token gets, of all pages and of what is always read.")
+           "Appends the tokens in `n` slots from `first` on. `queries`: of the last of them, after rope, [rows,\n"
+           "layers * heads * head dim]. Returns what they give to the pages with an index, [pages]: the sum over\n"
+           "rows, layers and KV heads of the share that a page's best token gets, of all pages and of what is\n"
+           "always read.")
       .def(
           "read", [](SlotStore& s, uint32_t page, const Slots& to, uint32_t place) { s.read(page, to.arrays, place); }, "page"_a,
           "slots"_a, "place"_a, nb::call_guard<nb::gil_scoped_release>(), "Copies a page to the slots from 16 * `place` on.")
@@ -109,4 +110,12 @@ void bind_slots(nb::module_& m) {
 
   nb::class_<Slots>(m, "Slots", "Caches of a graph, [1, KV heads, slots, head dim], by layer of a store.")
       .def("__init__", &make_slots, "store"_a, "keys"_a, "values"_a, "The arrays' own memory is used, and kept alive.");
+
+  m.def(
+      "slot_store_bytes",
+      [](nb::typed<nb::dict, nb::str, nb::any> layers, uint32_t length, uint32_t pages) {
+        return slot_store_bytes(to_spec(layers), length, pages);
+      },
+      "layers"_a, "length"_a, "pages"_a,
+      "Bytes that a SlotStore takes at `length` tokens with `pages` pages in memory (0: all), and the\nfewest there may be.");
 }
