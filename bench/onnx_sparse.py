@@ -75,9 +75,7 @@ class Bench:
         full.close()
         sparse.close()
 
-    def _steps(
-        self, full: OnnxSession, sparse: SparseSession, tokens: Sequence[int], found: Length
-    ) -> None:
+    def _steps(self, full: OnnxSession, sparse: SparseSession, tokens: Sequence[int], found: Length) -> None:
         """Steps over ``tokens`` but the last, which is a target alone."""
         sparse.step(tokens[0])  # the first one after a prompt brings the set
         full.step(tokens[0])

@@ -288,9 +288,7 @@ class OnnxSession:
             raise EngineError(f"the snapshot has windows from {start} to {length}, which cannot be")
         self.rewind(0)
         self._windows.start = start
-        found = [
-            (buffer, shape) for s in (self._full, self._windows) for buffer, shape in s.parts(length)
-        ]
+        found = [(buffer, shape) for s in (self._full, self._windows) for buffer, shape in s.parts(length)]
         self._states.read(0)
         states = self._states.write().values()
         expected = _SNAPSHOT.size + sum(4 * math.prod(shape) for _, shape in found)

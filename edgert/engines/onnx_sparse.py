@@ -16,6 +16,7 @@ that left and came back is rounded.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,6 +39,7 @@ VOTERS = 8  # last tokens of a prompt whose queries vote
 FADE = np.float32(0.9)
 LEAST_SLOTS = PAGE * (1 + RECENT + ENTERING)
 _NONE = -1
+_SAVED = struct.Struct("<QQ?")  # pages with an index, places in use, whether any number of pages may enter
 
 Array = npt.NDArray[np.float32]
 
@@ -221,20 +223,39 @@ class WorkingSet:
         return kept
 
     def save(self) -> bytes:
-        """Of the sequence and what its pages are worth; see :meth:`load`."""
+        """Of the sequence, the set and what pages are worth; see :meth:`load`."""
         worth = self._known_worth(self._store.indexed_pages)
-        return len(worth).to_bytes(8, "little") + worth.tobytes() + self._store.save()
+        pages = np.array(self._pages, np.int32)
+        head = _SAVED.pack(len(worth), len(pages), self._fresh)
+        return b"".join([head, worth.tobytes(), pages.tobytes(), self._store.save()])
 
     def load(self, state: bytes) -> None:
-        """Goes on where :meth:`save` was called, with another set of slots if need be. Raises EngineError."""
-        count = int.from_bytes(state[:8], "little")
-        end = 8 + 4 * count
+        """Goes on where :meth:`save` was called. Raises EngineError for what it did not give; the sequence is
+        empty then."""
+        self._pages, self._worth = [], self._worth[:0]
+        self._store.rewind(0)
+        if len(state) < _SAVED.size:
+            raise EngineError("the saved session is shorter than it says")
+        count, places, fresh = _SAVED.unpack_from(state)
+        middle = _SAVED.size + 4 * count
+        end = middle + 4 * places
         if len(state) < end:
             raise EngineError("the saved session is shorter than it says")
-        self._pages = []
         self._store.load(state[end:])
-        self._worth = np.frombuffer(state[8:end], np.float32).copy()
-        self._fresh = True
+        pages = np.frombuffer(state, np.int32, places, middle).tolist()
+        known = [page for page in pages if page != _NONE]
+        if count != self._store.indexed_pages or not all(
+            0 <= page < _pages(self._store.length) for page in known
+        ):
+            self._store.rewind(0)
+            raise EngineError("the saved session says of other pages than its own that they are in slots")
+        self._worth = np.frombuffer(state, np.float32, count, _SAVED.size).copy()
+        self._fresh = fresh or len(pages) > self._places or len(set(known)) < len(known)
+        if not self._fresh:
+            self._pages = [_NONE] * len(pages)
+            for place, page in enumerate(pages):
+                if page != _NONE:
+                    self._read(page, place)
 
     def _known_worth(self, pages: int) -> Array:
         """What pages with an index are worth; new ones as much as the others on average."""
