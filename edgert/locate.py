@@ -77,7 +77,7 @@ def model_in(directory: Path) -> Path:
     when there is none or more than one."""
     if (directory / "model.onnx").exists():
         raise UsageError(
-            f"{directory} is an ONNX export, which `edgert run` and `edgert chat` take; here give a .gguf file"
+            f"{directory} is an ONNX export, which edgert runs and chats with; here give a .gguf file"
         )
     files = [p for p in directory.glob("*.gguf") if not p.name.endswith(SIDECAR_SUFFIX)]
     found = sorted(p for p in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", p.name))

@@ -52,8 +52,8 @@ def load_export(
     directory = OnnxDirectory.open(path)
     if head in ("flash", "exact") and directory.flash_head is None:
         raise UsageError(
-            f"{path} has no FlashHead, which head={head!r} needs: export the model again with --flash-head, or "
-            "use head='dense'"
+            f"{path} has no FlashHead, which head={head!r} needs: export the model again with --flash-head, "
+            "or use head='dense'"
         )
     check_context(context, directory.spec.context_length)
     context = context or directory.context
@@ -84,8 +84,8 @@ def _slots(path: Path, provider: str, others: Mapping[str, Any]) -> int:
     budget = choose_budget(attention, others["budget"], "onnx")
     if attention == "exact":
         raise UsageError(
-            f"attention='exact' is not for {path}, an ONNX export: use attention='full' or 'sparse', or the .gguf "
-            "file it was made of"
+            f"attention='exact' is not for {path}, an ONNX export: use attention='full' or 'sparse', or the "
+            ".gguf file it was made of"
         )
     if not budget:
         for name in ("memory", "page_directory", "page_limit"):

@@ -10,8 +10,8 @@ is read here first, by a reader that knows what edgert's exporter writes and ref
 - inputs, outputs and weights have the types and shapes of the model's spec;
 - operators, also those in branches, and their attributes are on a list; there are no functions.
 
-That tells a damaged copy and a foreign graph. It does not tell who made the directory: somebody who writes all
-of its files can have a graph of these operators compute anything, and take any memory for it.
+That tells a damaged copy and a foreign graph. It does not tell who made the directory: somebody who writes
+all of its files can have a graph of these operators compute anything, and take any memory for it.
 
 Hashes are computed at every load and not remembered: 234 MB took 0.2 s on two cores of an AMD EPYC, and the
 bytes, which ONNX Runtime reads next, are then in the system's cache.

@@ -50,6 +50,9 @@ class SparseSession(FakeSession):
 
     hidden = step
 
+    def confirmed(self, earlier: Sequence[np.ndarray], token: int) -> np.ndarray:
+        return np.stack([*earlier, self.hidden(token)])
+
     def states(self, tokens: Sequence[int]) -> np.ndarray:
         self.engine.passes.append(len(tokens))
         return np.stack([self.prefill([token]).copy() for token in tokens])

@@ -1,17 +1,26 @@
-"""Exported graphs of tiny models, and sequences on them."""
+"""Exported graphs of tiny models, which lie in one temporary directory until the process ends, and sequences
+on them."""
 
 from __future__ import annotations
 
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from edgert.bench import onnx_run
 from edgert.export.onnx_model import build
+from tiny_models import tiny
 
 from edgert import _native
 from edgert.engines import native_spec
 from edgert.sidecar import Sidecar
 
 SLOTS = 96
+_DIRECTORY = tempfile.TemporaryDirectory(prefix="edgert-onnx-")
+
+
+def new_directory() -> Path:
+    return Path(tempfile.mkdtemp(dir=_DIRECTORY.name))
 
 
 def export(model: Path, directory: Path, quant: str = "f32", sidecar: Path | None = None) -> Path:
@@ -24,6 +33,12 @@ def export(model: Path, directory: Path, quant: str = "f32", sidecar: Path | Non
         graph, _ = build(file, spec, quant, side, data, "model.onnx.data", lambda n: None)
     (directory / "model.onnx").write_bytes(graph.SerializeToString())
     return directory / "model.onnx"
+
+
+@cache
+def exported(name: str, quant: str = "f32", file: str = "F32") -> Path:
+    """The graph of a tiny model."""
+    return export(tiny(name, file).path, new_directory(), quant)
 
 
 class Run(onnx_run.Run):

@@ -37,6 +37,7 @@ HEAVY = {"torch", "onnx", "transformers"}
 # What an extra brings: imported where it is needed, inside a function, by the one file named here.
 OPTIONAL = {
     "llama_cpp": {"edgert/engines/llamacpp.py"},
+    "onnxruntime": {"edgert/engines/onnx_providers.py"},
     "huggingface_hub": {"edgert/hub.py"},
     "matplotlib": {"edgert/cli/figures.py"},
 }

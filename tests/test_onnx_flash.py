@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from edgert.export.gguf_writer import write_gguf
 from edgert.export.onnx_flash import TOKENS_PER_UNIT, Flash
 from edgert.export.quantise import dequantise
 from flash_files import SPECIAL, parts
-from onnx_runs import Run, export
+from onnx_runs import Run, export, new_directory
 from tiny_models import prompt, tiny
 
 from edgert.sidecar import Sidecar
@@ -22,7 +21,7 @@ RECIPES = ("clusters", "lowrank", "clusters+lowrank")
 
 @cache
 def flash_graph(name: str, recipe: str, quant: str) -> tuple[Path, Sidecar]:
-    model, directory = tiny(name).path, Path(mkdtemp(prefix="edgert-onnx-"))
+    model, directory = tiny(name).path, new_directory()
     sidecar = directory / "model.edgert.gguf"
     write_gguf(sidecar, *parts(model, recipe))
     return export(model, directory / "onnx", quant, sidecar), Sidecar(sidecar, model)

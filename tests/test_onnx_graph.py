@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import onnx
 import pytest
-from onnx_runs import Run, export
+from onnx_runs import Run, exported
 from tiny_models import NAMES, prompt, tiny
 
 LENGTH = 60
@@ -19,11 +16,6 @@ LENGTH = 60
 # int8.
 BOUNDS = {"f32": 2e-5, "f16": 1e-2, "int8": 0.1, "int4": 0.1}
 FILES = {"f16": "F32", "int8": "Q8_0", "int4": "Q4_0"}
-
-
-@cache
-def exported(name: str, quant: str = "f32", file: str = "F32") -> Path:
-    return export(tiny(name, file).path, Path(mkdtemp(prefix="edgert-onnx-")), quant)
 
 
 def worst(found: np.ndarray, expected: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from tiny_models import prompt, tiny
 
 import edgert
 from edgert.engines.onnx import OnnxEngine, OnnxSession
-from edgert.engines.onnx_sparse import ENTERING, LEAST_SLOTS, PAGE, RECENT, WorkingSet, pages_in_memory
+from edgert.engines.onnx_sparse import ENTERING, LEAST_SLOTS, PAGE, WorkingSet, pages_in_memory
 from edgert.engines.onnx_sparse_session import SparseSession
 from edgert.errors import EngineError, PlanError, UsageError
 from edgert.onnx_directory import OnnxDirectory

@@ -42,8 +42,8 @@ def check_file(path: str | PathLike[str], engine: str, provider: str = "cpu") ->
     else:
         return
     raise UsageError(
-        f"{what} is for the directories that `edgert export MODEL --format onnx` writes, and {path} is a .gguf "
-        "file: export it and give the directory"
+        f"{what} is for a directory that `edgert export MODEL --format onnx` wrote, which {path} is not: "
+        "export the model and give the directory"
     )
 
 

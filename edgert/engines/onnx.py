@@ -1,8 +1,7 @@
 """The onnx engine: directories that ``edgert export --format onnx`` wrote, on ONNX Runtime.
 
-Written against ONNX Runtime 1.24 to 1.32, which is imported on first use. A pass is one run of the graph, whose
-inputs and outputs ``export/onnx_model.py`` describes; with a FlashHead in the graph a step by it is one pass
-too.
+Written against ONNX Runtime 1.24 to 1.32, which is imported on first use. A pass is one run of the graph;
+``export/onnx_model.py`` describes its inputs and outputs. A step by a FlashHead in the graph is one pass too.
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ from edgert.platforms.detect import detect_threads
 from edgert.tier import IN_MEMORY, Tier
 
 if TYPE_CHECKING:
-    from edgert.models import ModelSpec
     from edgert.onnx_directory import OnnxDirectory
     from edgert.onnx_wire import Graph
 
 # Tokens of one pass: short enough that Ctrl-C is answered while a long prompt runs.
 CHUNK = 256
-_SCORED = 64  # rows of logits of one pass: 64 of 262,144 are 64 MB
+SCORED = 64  # rows of logits of one pass: 64 of 262,144 are 64 MB
 _SNAPSHOT = struct.Struct("<8s32sII")  # magic, the export's hash, positions, first one in windowed layers
 _MAGIC = b"EDGEORT1"
 _FLOAT16 = 10  # TensorProto.DataType
@@ -151,6 +149,11 @@ def bytes_of_a_step(graph: Graph, directory: OnnxDirectory) -> tuple[int, int, i
     return layers, dense, flash
 
 
+def _row(rows: Logits) -> Logits:
+    row: Logits = rows[0]
+    return row
+
+
 class OnnxSession:
     """One sequence. See :class:`edgert.engines.base.EngineSession`.
 
@@ -196,15 +199,15 @@ class OnnxSession:
         for at in range(0, len(tokens), CHUNK):
             last = at + CHUNK >= len(tokens)
             found = self._pass(tokens[at : at + CHUNK], [-1] if last else [])
-        return found.logits[0]
+        return _row(found.logits)
 
     def step(self, token: int) -> Logits:
         self._check([token])
-        return self._pass([token], [-1]).logits[0]
+        return _row(self._pass([token], [-1]).logits)
 
     def score(self, tokens: Sequence[int]) -> Logits:
         self._check(tokens)
-        pieces = [tokens[at : at + _SCORED] for at in range(0, len(tokens), _SCORED)]
+        pieces = [tokens[at : at + SCORED] for at in range(0, len(tokens), SCORED)]
         return np.concatenate([self._pass(piece, range(len(piece))).logits for piece in pieces])
 
     def hidden(self, token: int) -> Logits:
@@ -212,13 +215,13 @@ class OnnxSession:
         the same pass."""
         self._check([token])
         found = self._pass([token], [-1], flash=True)
-        state = found.hidden[0].copy()
+        state = _row(found.hidden).copy()
         self._flash = (state, found)
         return state
 
     def confirmed(self, earlier: Sequence[Logits], token: int) -> Logits:
-        """Append a token. Returns the head's inputs after the tokens of ``earlier`` and after this one, [n, dim];
-        the dense head's logits of all of them come with the same pass."""
+        """Append a token. Returns the head's inputs ``earlier`` and that after the token, [n, dim]; the dense
+        head's logits of all of them come with the same pass."""
         self._check([token])
         found = self._pass([token], [-1], more=earlier)
         states = np.stack([*earlier, found.hidden[0]])
@@ -295,7 +298,7 @@ class OnnxSession:
         expected += sum(4 * buffer.read().size for buffer in states)
         if len(state) != expected:
             self._windows.start = 0
-            raise EngineError(f"expected {expected} bytes in the snapshot, found {len(state)}: it is damaged")
+            raise EngineError(f"the snapshot is damaged: expected {expected} bytes, found {len(state)}")
         at = _SNAPSHOT.size
         for buffer, shape in found:
             rows = buffer.read()
@@ -325,8 +328,8 @@ class OnnxSession:
         total, vocab = self._length + len(tokens), self._engine.vocab_size
         if total > self._context:
             raise EngineError(
-                f"the sequence would be {total} tokens, the context holds {self._context}: shorten the prompt "
-                "or load with a larger context"
+                f"the sequence would be {total} tokens, the context holds {self._context}: shorten the "
+                "prompt or load with a larger context"
             )
         for token in tokens:
             if not 0 <= token < vocab:
@@ -345,8 +348,8 @@ class OnnxSession:
         flash: bool = False,
         keep: bool = True,
     ) -> Outputs:
-        """Run the graph on ``tokens``. Scored are their ``rows`` and then the states ``more``: by the FlashHead
-        where ``flash`` is true and the graph has one. Unless ``keep``, the tokens are forgotten again."""
+        """Run the graph on ``tokens``. Scored are their ``rows`` and then the states ``more``, by the
+        FlashHead or the dense head. Unless ``keep``, the tokens are forgotten again."""
         length = self._length
         self._flash = self._dense = None
         try:

@@ -23,8 +23,8 @@ from edgert.models import ModelSpec
 
 Rows = npt.NDArray[np.float32]
 
-# Positions that a windowed layer keeps beyond its window when its slots are full, for going back; exact blocks
-# are 16 tokens long.
+# Positions that a windowed layer keeps beyond its window when its slots are full, for going back. Exact
+# blocks are 16 tokens long.
 SPARE = 64
 STATES = 32  # states of convolutions that are kept, of as many passes
 
@@ -81,8 +81,9 @@ class Slots:
             for i, layer in enumerate(spec.layers)
             if layer.kind == "attention" and (layer.window > 0) == windowed
         ]
-        self._kept = max((layer.window for _, layer in layers), default=0) - 1 + SPARE
-        self.slots = min(positions, self._kept + longest) if windowed else positions
+        self._seen = max((layer.window for _, layer in layers), default=1) - 1  # before a token
+        self._kept = self._seen + SPARE
+        self.slots = min(positions, self._kept + longest) if windowed and layers else positions
         self.start = 0
         self.buffers = {
             f"{c}.{i}": Buffer(runtime, (1, layer.n_kv_heads, self.slots, spec.head_dim), device)
@@ -108,7 +109,7 @@ class Slots:
 
     def reaches(self, length: int) -> bool:
         """Whether what a token at ``length`` sees is there."""
-        return self.start == 0 or length - self.start >= self._kept - SPARE
+        return self.start == 0 or length - self.start >= self._seen
 
     def clear(self) -> None:
         self.buffers.clear()

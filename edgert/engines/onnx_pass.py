@@ -25,9 +25,9 @@ class Outputs(NamedTuple):
 
 
 class Pass:
-    """Passes over ``length`` tokens, ``rows`` of which are scored, and then ``more`` states of earlier ones, by
-    the FlashHead or the dense head; None: the graph has no other. ``scored``: tokens that this head
-    scores; ``queries``: floats of a row of that output, 0 where it is not wanted."""
+    """Passes over ``length`` tokens. ``rows`` of them are scored and then ``more`` states of earlier ones, by
+    the FlashHead if ``flash``, else by the dense head (None: the graph has no other); ``scored`` are the
+    tokens that this head scores. ``queries``: floats of a row of this output, 0 where it is not wanted."""
 
     def __init__(
         self,
@@ -87,8 +87,8 @@ class Pass:
     def run(
         self, tokens: Sequence[int], first: int, window_start: int, more: Sequence[Logits], filled: int = -1
     ) -> Outputs:
-        """``tokens`` at position ``first`` and those after it; positions before ``window_start`` have left the
-        windows; slots ``filled`` are in use, -1: one for each position before. Raises EngineError."""
+        """``tokens`` at position ``first`` and after; positions before ``window_start`` have left the
+        windows; ``filled`` slots are in use, -1: as many as there are positions. Raises EngineError."""
         self._ids[0] = tokens
         self._filled[0] = filled
         np.add(self._order, first, out=self._positions[0])

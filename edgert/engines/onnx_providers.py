@@ -50,15 +50,15 @@ def load_runtime(provider: str) -> Any:
     missing = [name for name in _ORDER[provider] if name not in available]
     if missing:
         raise EngineError(
-            f"provider={provider!r} needs {' and '.join(missing)}, and onnxruntime {runtime.__version__} has "
-            f"{', '.join(available)}; {_remedy(provider)}, or take provider='cpu'"
+            f"provider={provider!r} needs {' and '.join(missing)}, and onnxruntime {runtime.__version__} "
+            f"has {', '.join(available)}; {_remedy(provider)}, or take provider='cpu'"
         )
     return runtime
 
 
 def _remedy(provider: str, root: Path = Path("/")) -> str:
-    """What to install for ``provider``. The wheels of onnxruntime-gpu on PyPI are for x86 and for servers with
-    ARM: none has the CUDA of a Jetson."""
+    """What to install for ``provider``. The wheels of onnxruntime-gpu on PyPI are for x86 and for servers
+    with ARM: none has the CUDA of a Jetson."""
     if provider == "cpu":
         return _REMEDY
     l4t = detect_l4t(root)
@@ -69,8 +69,8 @@ def _remedy(provider: str, root: Path = Path("/")) -> str:
     if release:
         pack = {35: "JetPack 5", 38: "JetPack 7", 39: "JetPack 7"}.get(release, "its JetPack")
         return (
-            f"on this Jetson (L4T {l4t}) install the wheel of onnxruntime-gpu for {pack} from {_JETSON_INDEX}, "
-            "not that of PyPI"
+            f"on this Jetson (L4T {l4t}) install the wheel of onnxruntime-gpu for {pack} from "
+            f"{_JETSON_INDEX}, not that of PyPI"
         )
     machine = platform.machine()
     if machine not in ("x86_64", "AMD64"):
@@ -91,7 +91,7 @@ class Loaded:
 
 def load_graph(graph: Path, provider: str, threads: int) -> Loaded:
     """Load the graph in a file. Raises EngineError when ONNX Runtime cannot, and when ``provider`` is an
-    accelerator that took none, or not all, of the heavy nodes: they would run on the processor unnoticed."""
+    accelerator that did not take all heavy nodes: they would run on the processor unnoticed."""
     runtime = load_runtime(provider)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -105,11 +105,11 @@ def load_graph(graph: Path, provider: str, threads: int) -> Loaded:
     if provider != "cpu" and _ORDER[provider][0] not in found:
         raise EngineError(
             f"provider={provider!r} did not start, only {', '.join(found)} did: see that the driver and the "
-            f"libraries of CUDA{' and TensorRT' if provider == 'tensorrt' else ''} are those that onnxruntime "
-            f"{runtime.__version__} was built for, or take provider='cpu'"
+            f"libraries of CUDA (and TensorRT) are those that onnxruntime {runtime.__version__} was built "
+            "for, or take provider='cpu'"
         )
     # ONNX Runtime has told of it since 1.24.
-    told = getattr(session, "get_provider_graph_assignment_info", list)()
+    told: list[Any] = getattr(session, "get_provider_graph_assignment_info", list)()
     nodes = Counter[str]()
     left = Counter[str]()
     for part in told:
@@ -120,7 +120,7 @@ def load_graph(graph: Path, provider: str, threads: int) -> Loaded:
     if provider != "cpu" and left:
         what = ", ".join(f"{count} {name}" for name, count in sorted(left.items()))
         raise EngineError(
-            f"provider={provider!r} leaves {what} of {graph} to the processor: export with another --quant, or "
-            "take provider='cpu'"
+            f"provider={provider!r} leaves {what} of {graph} to the processor: export with another --quant, "
+            "or take provider='cpu'"
         )
     return Loaded(session, dict(nodes), "cpu" if provider == "cpu" else "cuda")

@@ -1,17 +1,17 @@
 """Sparse keys and values for a graph of ONNX Runtime, after SpeContext (arXiv 2512.00722).
 
-The graph sees the slots of its caches, whatever positions they hold (export/onnx_model.py). So its caches may be
-small: they hold a *working set* of pages of 16 tokens, one set for all layers, while everything is in a store in
-memory or partly on a disk (native/slot_store.h). Shapes never change. In the set are always the first page and
-the last 128 tokens, with what has no index yet (up to 255 more); of the pages between those that are worth
-most. A page is worth the votes of the queries of the last step, or nine tenths of what it was worth before
-where that is more, as in the native engine's tier. Between two steps the difference alone is copied.
+The graph sees the slots of its caches, whatever positions they hold (export/onnx_model.py). So its caches may
+be small: they hold a *working set* of pages of 16 tokens, one set for all layers, while everything is in a
+store in memory or partly on a disk (native/slot_store.h). Shapes never change. Always in the set are the first
+page and the last 128 tokens, with what has no index yet (up to 255 more); of the pages between those that are
+worth most. A page is worth the votes of the queries of the last step, or nine tenths of what it was worth
+before where that is more, as in the native engine's tier. Between two steps the difference alone is copied.
 
-A pass over several tokens sees everything: where not all of it is in the slots, it gets caches of its own, as large
-as the sequence, which are filled from the store and dropped afterwards.
+A pass over several tokens sees everything: where not all of it is in the slots, it gets caches of its own, as
+large as the sequence, which are filled from the store and dropped afterwards.
 
-What is in the set depends on the tokens alone, so a store on a disk gives the same tokens. It keeps float16: a page
-that left and came back is rounded.
+What is in the set depends on the tokens alone, so a store on a disk gives the same ones. It keeps float16: a
+page that left and came back is rounded.
 """
 
 from __future__ import annotations

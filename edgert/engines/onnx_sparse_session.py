@@ -1,4 +1,4 @@
-"""A sequence on ONNX Runtime whose steps see a working set of slots (onnx_sparse.py) in place of everything."""
+"""A sequence on ONNX Runtime whose steps see a working set of slots (onnx_sparse.py) and not everything."""
 
 from __future__ import annotations
 
