@@ -517,9 +517,10 @@ class SlotStore:
         | None = None,
     ) -> Annotated[NDArray[numpy.float32], dict(shape=(None,))]:
         """
-        Appends the tokens in `n` slots from `first` on. `queries`: of the last of them, after rope, [rows, layers * heads *
-        head dim]. Returns what they give to the pages with an index, [pages]: the sum over rows, layers and KV heads of the
-        share that a page's best token gets, of all pages and of what is always read.
+        Appends the tokens in `n` slots from `first` on. `queries`: of the last of them, after rope, [rows,
+        layers * heads * head dim]. Returns what they give to the pages with an index, [pages]: the sum over
+        rows, layers and KV heads of the share that a page's best token gets, of all pages and of what is
+        always read.
         """
 
     def read(self, page: int, slots: Slots, place: int) -> None:
@@ -548,3 +549,9 @@ class Slots:
         ],
     ) -> None:
         """The arrays' own memory is used, and kept alive."""
+
+def slot_store_bytes(layers: dict[str, Any], length: int, pages: int) -> tuple[int, int]:
+    """
+    Bytes that a SlotStore takes at `length` tokens with `pages` pages in memory (0: all), and the
+    fewest there may be.
+    """

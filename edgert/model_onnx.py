@@ -91,8 +91,8 @@ def _slots(path: Path, provider: str, others: Mapping[str, Any]) -> int:
         for name in ("memory", "page_directory", "page_limit"):
             if others[name] is not None:
                 raise UsageError(
-                    f"{name} is not for full attention on {path}, an ONNX export, whose keys and values all lie "
-                    "in memory: drop it or use attention='sparse'"
+                    f"{name} is not for full attention on {path}, an ONNX export, whose keys and values all "
+                    "lie in memory: drop it or use attention='sparse'"
                 )
         return 0
     if provider != "cpu":

@@ -2,10 +2,11 @@
 
 The graph sees the slots of its caches, whatever positions they hold (export/onnx_model.py). So its caches may
 be small: they hold a *working set* of pages of 16 tokens, one set for all layers, while everything is in a
-store in memory or partly on a disk (native/slot_store.h). Shapes never change. Always in the set are the first
-page and the last 128 tokens, with what has no index yet (up to 255 more); of the pages between those that are
-worth most. A page is worth the votes of the queries of the last step, or nine tenths of what it was worth
-before where that is more, as in the native engine's tier. Between two steps the difference alone is copied.
+store in memory or partly on a disk (native/slot_store.h). Shapes never change. Always in the set are the
+first page and the last 128 tokens, with what has no index yet (up to 255 more); of the pages between those
+that are worth most. A page is worth the votes of the queries of the last step, or nine tenths of what it was
+worth before where that is more, as in the native engine's tier. Between two steps the difference alone is
+copied.
 
 A pass over several tokens sees everything: where not all of it is in the slots, it gets caches of its own, as
 large as the sequence, which are filled from the store and dropped afterwards.
@@ -76,9 +77,9 @@ def pages_in_memory(spec: ModelSpec, context: int, slots: int, left: int) -> int
     if low > high or needed(low) > room:
         short = taken + min(needed(low), needed(0)) - (left - int(UNSURE * left))
         raise PlanError(
-            f"keys and values of {context} tokens need {size_text(short)} more memory: {size_text(taken)} of slots "
-            "while a prompt of that length is read, and the fewest pages of the store: allow more memory or "
-            "choose a smaller context"
+            f"keys and values of {context} tokens need {size_text(short)} more memory: {size_text(taken)} of "
+            "slots while a prompt of that length is read, and the fewest pages of the store: allow more "
+            "memory or choose a smaller context"
         )
     while low < high:
         middle = (low + high + 1) // 2
@@ -164,7 +165,7 @@ class WorkingSet:
 
     def step(self) -> int:
         """Makes a slot for one token, with the set of pages that it sees in front of it; returns how many
-        slots are filled. Raises EngineError when a page cannot be read; nothing that matters has changed then."""
+        slots are filled. Raises EngineError when a page cannot be read; the sequence is what it was then."""
         length = self._store.length
         last = length // PAGE
         self._arrange(self._choose(last + 1), last)
@@ -172,7 +173,7 @@ class WorkingSet:
         return (len(self._pages) - 1) * PAGE + length % PAGE
 
     def whole(self, n: int) -> int:
-        """Makes ``buffers`` hold everything and have slots for ``n`` more tokens; returns how many are filled.
+        """Makes ``buffers`` hold everything, with slots for ``n`` more tokens; returns how many are filled.
         :meth:`back` must follow when these have been appended. Raises EngineError."""
         length = self._store.length
         pages = _pages(length)
@@ -283,8 +284,8 @@ class WorkingSet:
         return [0, *staying.tolist(), *entering.tolist(), *range(indexed, pages)]
 
     def _arrange(self, wanted: Sequence[int], last: int) -> None:
-        """Puts the pages ``wanted`` into the first places, ``last`` at their end, with the fewest copies. A page
-        behind the store's tokens has nothing to be copied."""
+        """Puts the pages ``wanted`` into the first places, ``last`` at their end, with the fewest copies. Of
+        a page behind the store's tokens there is nothing to copy."""
         end, keep = len(wanted) - 1, set(wanted) - {last}
         pages = self._pages
         pages += [_NONE] * (end + 1 - len(pages))
