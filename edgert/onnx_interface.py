@@ -122,7 +122,7 @@ def initializers(spec: ModelSpec, quant: str) -> dict[str, frozenset[tuple[int, 
     """Name -> the types and shapes it may have, of every weight but the FlashHead's."""
     found = {name: frozenset({(FLOAT, shape)}) for name, shape in _floats(spec)}
     bits = {"int8": 8, "int4": 4}.get(quant, 0)
-    for name, rows, cols in _matrices(spec):
+    for name, rows, cols in matrices(spec):
         if not bits or cols % BLOCK:
             kind = FLOAT if quant == "f32" else FLOAT16
             found[name] = frozenset({(kind, (rows, cols)), (kind, (cols, rows))})
@@ -134,7 +134,7 @@ def initializers(spec: ModelSpec, quant: str) -> dict[str, frozenset[tuple[int, 
     return found
 
 
-def _matrices(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+def matrices(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
     """Name, rows and columns of every matrix; those of one input are one."""
     shapes = spec.tensor_shapes()
     joined = [("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")]

@@ -307,7 +307,7 @@ class Case:
             Part("logits", self._logits(), "of the tokens that are scored at once"),
         ]
         parts.append(Part("padding", sizes.padding_bytes, "of the buffer that holds all weights"))
-        tokenizer, metadata = self._tokenizer()
+        tokenizer, metadata = tokenizer_bytes(self.file)
         kept = round(metadata * (1 - FREED_METADATA))
         parts.append(Part("tokenizer", tokenizer + kept, "with the file's metadata"))
         # While a model loads there is more of the metadata, and there are no keys and values yet.
@@ -346,16 +346,6 @@ class Case:
         from .heads import LONGEST
 
         return 4 * self.spec.vocab_size * (LONGEST if "exact" in (self.head, self.attention) else 1)
-
-    def _tokenizer(self) -> tuple[int, int]:
-        """Bytes of the tokenizer, and of the metadata it is made of."""
-        pieces, merges, scores, types = (
-            self.file.count(f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "scores", "token_type")
-        )
-        metadata = STRING_BYTES * (pieces + merges) + NUMBER_BYTES * (scores + types)
-        if self.file.get("tokenizer.ggml.model") == "gpt2":
-            return TOKENIZER_BYTES + BPE_BYTES * (pieces + merges), metadata
-        return TOKENIZER_BYTES + SPM_BYTES * pieces, metadata
 
     def needed(self, context: int) -> int:
         return sum(part.bytes for part in self.memory(context))
@@ -449,6 +439,17 @@ class Case:
         short = needed - available
         remedies.append(Remedy(f"{size_text(short)} more memory, or a smaller model", short, True))
         return tuple(remedies)
+
+
+def tokenizer_bytes(file: _native.GgufFile) -> tuple[int, int]:
+    """Bytes of the tokenizer, and of the metadata in ``file`` that it is made of."""
+    pieces, merges, scores, types = (
+        file.count(f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "scores", "token_type")
+    )
+    metadata = STRING_BYTES * (pieces + merges) + NUMBER_BYTES * (scores + types)
+    if file.get("tokenizer.ggml.model") == "gpt2":
+        return TOKENIZER_BYTES + BPE_BYTES * (pieces + merges), metadata
+    return TOKENIZER_BYTES + SPM_BYTES * pieces, metadata
 
 
 def check_context(context: int | None, trained: int) -> None:

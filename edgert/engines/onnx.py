@@ -208,7 +208,8 @@ class OnnxSession:
     def score(self, tokens: Sequence[int]) -> Logits:
         self._check(tokens)
         pieces = [tokens[at : at + SCORED] for at in range(0, len(tokens), SCORED)]
-        return np.concatenate([self._pass(piece, range(len(piece))).logits for piece in pieces])
+        rows: Logits = np.concatenate([self._pass(piece, range(len(piece))).logits for piece in pieces])
+        return rows
 
     def hidden(self, token: int) -> Logits:
         """Append a token and return the head's input after it, [dim]. The FlashHead's scores of it come with

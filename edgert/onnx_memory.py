@@ -1,0 +1,150 @@
+"""The memory that an ONNX export takes in ONNX Runtime on the CPU, term by term.
+
+ONNX Runtime does not say what it will take, so these are its habits as they were measured on x86-64 Linux with
+version 1.32 (``python -m edgert.bench.plan_check_onnx`` holds the sums to what runs take):
+
+- model.onnx.data is mapped. A matrix that is multiplied with is packed into memory of its own at the start: a
+  block of 32 as its codes, its scale and the sum of its codes; float matrices in float32, whatever they are
+  stored in. Its stored codes are then given back, its scales stay mapped.
+- Rows that are looked up (embeddings; the head's, with a FlashHead) stay mapped, and count as far as they were
+  read: the system maps what lies around a row with it. It can have these pages back whenever it wants.
+- A pass works in an arena, which keeps what it once took; after the first pass of a size it takes one piece
+  for all intermediate values of the next, beside what it has.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from . import _native
+from .memory_left import PYTHON_BYTES
+from .onnx_directory import TOKENIZER
+from .onnx_interface import BLOCK, ITEM_BYTES, matrices
+from .planner import FREED_METADATA, Part, tokenizer_bytes
+
+if TYPE_CHECKING:
+    from .models import ModelSpec
+    from .onnx_directory import OnnxDirectory
+    from .onnx_wire import Graph, Tensor
+
+RUNTIME_BYTES = 35_000_000  # numpy, the library of ONNX Runtime and its objects, beside PYTHON_BYTES
+NODE_BYTES = 12_000  # of a session for each node of its graph
+BLOCK_BYTES = 8  # of a packed block beside its codes: scale and sum
+ACTIVATIONS = 3.0  # times the values of a layer that a pass holds at once
+ROW_BYTES = 1 << 18  # that are mapped when a row is read for the first time
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of weights: ``packed``; ``mapped``, all of it; ``rows``, mapped as far as they are read; and
+    ``extra``, which are there only while the graph loads."""
+
+    packed: int
+    mapped: int
+    rows: int
+    extra: int
+
+
+def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
+    """The weights of ``spec`` as ``quant``, with the FlashHead of ``graph`` where there is one."""
+    bits = {"int8": 8, "int4": 4}.get(quant, 0)
+    packed = mapped = looked = extra = 0
+    head = "token_embd.weight" if spec.tied_head else "output.weight"
+    for name, rows, cols in matrices(spec):
+        count = rows * cols
+        blocks = count // BLOCK if bits and cols % BLOCK == 0 else 0
+        stored = count * bits // 8 if blocks else count * (4 if quant == "f32" else 2)
+        if name != "token_embd.weight" or spec.tied_head:
+            packed += stored + BLOCK_BYTES * blocks if blocks else 4 * count
+        if name == "token_embd.weight" or (name == head and flash):
+            looked += stored
+        mapped += 4 * blocks
+        if name == head and not flash:
+            extra = stored if blocks else 4 * count
+    for tensor in graph.initializers if flash else ():
+        if not tensor.name.startswith(("head.", "flash.")):
+            continue
+        size = _bytes(tensor)
+        if len(tensor.dims) == 3:  # blocks
+            packed += size + BLOCK_BYTES * math.prod(tensor.dims[:2])
+            extra = max(extra, size)
+        else:
+            mapped += size
+    return Held(packed, mapped, looked, extra)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return ITEM_BYTES[tensor.dtype] * math.prod(tensor.dims)
+
+
+def count_nodes(graph: Graph) -> int:
+    return len(graph.nodes) + sum(
+        count_nodes(branch) for node in graph.nodes for branch in node.attributes.values() if branch
+    )
+
+
+def kv_bytes(spec: ModelSpec, context: int) -> dict[int, int]:
+    """Window (0: none) -> bytes of float32 keys and values with ``context`` positions."""
+    from .engines.onnx import CHUNK
+    from .engines.onnx_caches import SPARE
+
+    attention = [layer for layer in spec.layers if layer.kind == "attention"]
+    slots = max((layer.window for layer in attention), default=0) - 1 + SPARE + CHUNK
+    found: dict[int, int] = {}
+    for layer in attention:
+        seen = min(context, slots) if layer.window else context
+        size = 2 * 4 * layer.n_kv_heads * spec.head_dim * seen
+        found[layer.window] = found.get(layer.window, 0) + size
+    return found
+
+
+def parts(directory: OnnxDirectory, graph: Graph, context: int, head: str, quant: str = "") -> tuple[Part, ...]:
+    """The terms of the peak with one session of ``context`` tokens, as the export is or as it would be in
+    another ``quant``."""
+    from .engines.onnx import CHUNK
+    from .engines.onnx_caches import STATES
+    from .heads import LONGEST
+
+    spec, tokens = directory.spec, min(context, CHUNK)
+    flash = directory.flash_head is not None
+    weights = held(spec, quant or directory.quant, graph, flash)
+    attention = [layer.window for layer in spec.layers if layer.kind == "attention"]
+    kv_heads = max((layer.n_kv_heads for layer in spec.layers), default=0)
+    wide = 4 * spec.ffn_dim + 2 * spec.dim + (spec.n_heads + 2 * kv_heads) * spec.head_dim
+    scored = 2 * LONGEST if head == "exact" else 1 + flash
+    file = _native.GgufFile(str(directory.path / TOKENIZER))
+    tokenizer, metadata = tokenizer_bytes(file)
+    kept = round(metadata * (1 - FREED_METADATA))
+    cached = [
+        Part(
+            f"KV cache, {attention.count(window)} {f'layers with a window of {window}' if window else 'full layers'}",
+            size,
+            "float32",
+        )
+        for window, size in kv_bytes(spec, context).items()
+    ]
+    convolutions = spec.n_layers - len(attention)
+    state = 4 * spec.dim * (spec.conv_kernel - 1) * convolutions * (1 + STATES)
+    later = [
+        *cached,
+        Part("convolution state", state if convolutions else 0, f"after each of the last {STATES} passes"),
+        Part("activations", round(ACTIVATIONS * 4 * wide * tokens), f"buffers of a pass of {tokens} tokens"),
+        Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
+        Part("tokenizer", tokenizer + kept, "with the metadata it is made of"),
+    ]
+    read = spec.vocab_size if flash else context
+    rows = round(weights.rows * (1 - math.exp(-read * ROW_BYTES / weights.rows)))
+    loading = weights.extra - rows - sum(part.bytes for part in later)
+    found = [
+        Part("weights, packed", weights.packed, "as ONNX Runtime multiplies with them"),
+        Part("weights, mapped", weights.mapped, "scales, in model.onnx.data"),
+        Part("rows, mapped", rows, "that are looked up in model.onnx.data"),
+        *later,
+        Part("loading", max(loading, 0), "on top while the graph loads"),
+        Part("graph", NODE_BYTES * count_nodes(graph), "of the nodes of ONNX Runtime"),
+        Part("ONNX Runtime", RUNTIME_BYTES, "and numpy"),
+        Part("Python", PYTHON_BYTES, "and its libraries"),
+    ]
+    return tuple(part for part in found if part.bytes)
