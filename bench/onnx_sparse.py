@@ -10,12 +10,12 @@ go back to where the steps began and read on.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
@@ -103,7 +103,7 @@ def report(engine: OnnxEngine, name: str, lengths: Sequence[Length]) -> str:
     row = 2 * 4 * spec.head_dim * sum(layer.n_kv_heads for layer in layers)
     rows = []
     for length in lengths:
-        sparse, full, text = statistics.median(length.sparse), statistics.median(length.full), length.text
+        sparse, full, text = median(length.sparse), median(length.full), length.text
         rows.append(
             [
                 f"{length.tokens:,}",
@@ -120,7 +120,7 @@ def report(engine: OnnxEngine, name: str, lengths: Sequence[Length]) -> str:
             ]
         )
     table = "\n".join("| " + " | ".join(line) + " |" for line in (HEADINGS, ["---:"] * len(HEADINGS), *rows))
-    first, last = (statistics.median(length.sparse) for length in (lengths[0], lengths[-1]))
+    first, last = (median(length.sparse) for length in (lengths[0], lengths[-1]))
     described = engine.describe()
     return (
         "# Sparse keys and values on ONNX Runtime\n\n"
