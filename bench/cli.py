@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer",
         action="append",
         metavar="NAME,…",
-        help="engines to compare with: llamacpp, transformers[=DIR], onnxruntime-genai=DIR",
+        help="engines to compare with: llamacpp, onnx=DIR (an export, its heads), transformers[=DIR], "
+        "onnxruntime-genai=DIR",
     )
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument(

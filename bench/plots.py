@@ -17,6 +17,7 @@ __all__ = ["check_png", "figures", "svg", "write_png"]
 Row = dict[str, Any]
 COLOURS = {
     "edgert": "#2b6cb0",
+    "onnx": "#2c7a7b",
     "llamacpp": "#c05621",
     "transformers": "#718096",
     "onnxruntime-genai": "#97266d",

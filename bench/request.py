@@ -17,6 +17,7 @@ from edgert.attention import ATTENTIONS
 from edgert.engines import KV_TYPES
 from edgert.errors import EngineError, UsageError
 from edgert.locate import find_sidecar
+from edgert.onnx_directory import OnnxDirectory
 from edgert.tokenizer import Tokenizer
 
 HEADS = ("dense", "flash", "exact")
@@ -26,8 +27,10 @@ MOST_THREADS, MOST_REPETITIONS = 1024, 1000
 PEERS = {
     "llamacpp": ("llama-cpp-python",),
     "transformers": ("transformers", "torch", "gguf", "accelerate"),
+    "onnx": ("onnxruntime",),
     "onnxruntime-genai": ("onnxruntime-genai",),
 }
+MADE_BY = {"onnx": "`edgert export --format onnx`", "onnxruntime-genai": "its model builder"}
 MODULES = {"llama-cpp-python": "llama_cpp", "onnxruntime-genai": "onnxruntime_genai"}
 
 
@@ -88,7 +91,7 @@ def make_request(args: argparse.Namespace, model: Path) -> Request:
         for some in (classes if attention == "sparse" else ["none"])
         for head in heads
     ]
-    settings += [setting for peer in peers for setting in _peer(peer, model)]
+    settings += [setting for peer in peers for setting in _peer(peer, model, args.head)]
     tokenizer = Tokenizer.from_gguf(file.metadata)
     longest = max(2, *(test.positions for test in tests))
     trained = file.metadata[f"{file.metadata['general.architecture']}.context_length"]
@@ -148,8 +151,8 @@ def _default_threads() -> int:
     return detect().threads
 
 
-def _peer(word: str, model: Path) -> Iterator[Setting]:
-    """The settings of a peer, ``name`` or ``name=DIRECTORY``."""
+def _peer(word: str, model: Path, heads: str | None) -> Iterator[Setting]:
+    """The settings of a peer, ``name`` or ``name=DIRECTORY``. ``heads``: those that were asked for."""
     name, given, directory = word.partition("=")
     known("--peer", name, tuple(PEERS))
     needed = PEERS[name][:2] if given else PEERS[name]
@@ -166,10 +169,14 @@ def _peer(word: str, model: Path) -> Iterator[Setting]:
             variant = f"fa {'on' if flash else 'off'}"
             yield Setting(name, str(model), variant=variant, options={"flash_attn": flash})
         return
-    if not given and name == "onnxruntime-genai":
-        raise UsageError(
-            "--peer onnxruntime-genai needs the directory its model builder wrote: onnxruntime-genai=DIR"
-        )
+    if not given and name in MADE_BY:
+        raise UsageError(f"--peer {name} needs the directory that {MADE_BY[name]} wrote: {name}=DIR")
+    if name == "onnx":
+        export = OnnxDirectory.open(Path(directory).expanduser().absolute())
+        for head in HEADS if export.flash_head else HEADS[:1]:
+            if heads is None or head in heads.split(","):
+                yield Setting(name, str(export.path), head, kv="f32", variant=export.quant)
+        return
     if given and not Path(directory).expanduser().is_dir():
         raise UsageError(f"--peer {name}: there is no directory {directory!r}")
     yield Setting(name, str(Path(directory).expanduser().absolute()) if given else str(model))

@@ -14,11 +14,12 @@ from edgert import _native
 from edgert.cost import kv_bytes
 from edgert.engines import llamacpp
 from edgert.engines.base import Logits
-from edgert.engines.native import NativeEngine
 from edgert.exact import Exact, make_exact
 from edgert.model import load
 
 if TYPE_CHECKING:
+    from edgert.engines.native import NativeEngine
+    from edgert.engines.onnx import OnnxEngine
     from edgert.session import Session
 
 
@@ -82,7 +83,7 @@ class Stepper:
 
 
 class Native(Stepper):
-    """One session of the native engine, with one of its heads and modes of attention."""
+    """One session of the native engine, with one of its heads and modes of attention, or of the onnx one."""
 
     def __init__(
         self,
@@ -93,12 +94,13 @@ class Native(Stepper):
         kv: str = "f16",
         attention: str = "full",
         heads: str = "none",
+        engine: str = "native",
     ) -> None:
-        self.label = "edgert"
+        self.label = "edgert" if engine == "native" else f"edgert {engine}"
         # With the tokenizer, so that the memory of the process is that of a program that answers.
         self._model = load(
             path,
-            engine="native",
+            engine=engine,
             threads=threads,
             context=max(context, 2),
             kv=kv,
@@ -106,7 +108,7 @@ class Native(Stepper):
             attention=attention,
             heads=heads,
         )
-        self.engine = cast(NativeEngine, self._model.engine)
+        self.engine = cast("NativeEngine | OnnxEngine", self._model.engine)
         self.session = self.engine.session(context)
         self._head, self._attention = head, attention
         self._exact: Exact | None = None
@@ -164,7 +166,8 @@ class Native(Stepper):
         return int(weights) + step
 
     def about(self) -> dict[str, Any]:
-        return {"engine_version": version("edgert"), "isa": self.engine.describe()["isa"]}
+        described = self.engine.describe()
+        return {"engine_version": described.get("version", version("edgert")), "isa": described.get("isa")}
 
     def close(self) -> None:
         self.session.close()

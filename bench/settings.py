@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-ENGINES = {"edgert": "edgert", "llamacpp": "llama.cpp"}
+ENGINES = {"edgert": "edgert", "llamacpp": "llama.cpp", "onnx": "edgert onnx"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Setting:
     @property
     def label(self) -> str:
         name = ENGINES.get(self.engine, self.engine)
-        head = self.head if self.engine == "edgert" else ""
+        head = self.head if self.engine in ("edgert", "onnx") else ""
         kv = f"kv {self.kv}" if self.kv != "f16" else ""
         attention = f"{self.attention} attention" if self.attention != "full" else ""
         classes = "streaming heads" if self.heads != "none" else ""
@@ -64,7 +64,8 @@ class Setting:
     @property
     def exact(self) -> bool:
         """Drafts are confirmed, and the tokens are those of edgert's dense head with full attention."""
-        return "exact" in (self.head, self.attention) and self.head != "flash" and self.attention != "sparse"
+        drafts = "exact" in (self.head, self.attention)
+        return self.engine == "edgert" and drafts and self.head != "flash" and self.attention != "sparse"
 
 
 @dataclass(frozen=True)

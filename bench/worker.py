@@ -31,6 +31,8 @@ def make_runner(job: Job) -> Runner:
     if setting.engine == "edgert":
         s = setting
         return Native(path, job.threads, context, s.head, s.kv, s.attention, s.heads)
+    if setting.engine == "onnx":
+        return Native(path, job.threads, context, setting.head, engine="onnx")
     if setting.engine == "transformers":
         return Transformers(path, job.threads)
     if setting.engine == "onnxruntime-genai":

@@ -1,13 +1,13 @@
 """The memory that an ONNX export takes in ONNX Runtime on the CPU, term by term.
 
-ONNX Runtime does not say what it will take, so these are its habits as they were measured on x86-64 Linux with
-version 1.32 (``python -m edgert.bench.plan_check_onnx`` holds the sums to what runs take):
+ONNX Runtime does not say what it will take, so these are its habits as they were measured on x86-64 Linux
+with version 1.32 (``python -m edgert.bench.plan_check_onnx`` holds the sums to what runs take):
 
 - model.onnx.data is mapped. A matrix that is multiplied with is packed into memory of its own at the start: a
   block of 32 as its codes, its scale and the sum of its codes; float matrices in float32, whatever they are
   stored in. Its stored codes are then given back, its scales stay mapped.
-- Rows that are looked up (embeddings; the head's, with a FlashHead) stay mapped, and count as far as they were
-  read: the system maps what lies around a row with it. It can have these pages back whenever it wants.
+- Rows that are looked up (embeddings; the head's, with a FlashHead) stay mapped, and count as far as they
+  were read: the system maps what lies around a row with it, and can have these pages back at any time.
 - A pass works in an arena, which keeps what it once took; after the first pass of a size it takes one piece
   for all intermediate values of the next, beside what it has.
 """
@@ -22,7 +22,8 @@ from . import _native
 from .memory_left import PYTHON_BYTES
 from .onnx_directory import TOKENIZER
 from .onnx_interface import BLOCK, ITEM_BYTES, matrices
-from .planner import FREED_METADATA, Part, tokenizer_bytes
+from .planner import Part
+from .tokenizer_memory import tokenizer_bytes
 
 if TYPE_CHECKING:
     from .models import ModelSpec
@@ -33,7 +34,7 @@ RUNTIME_BYTES = 35_000_000  # numpy, the library of ONNX Runtime and its objects
 NODE_BYTES = 12_000  # of a session for each node of its graph
 BLOCK_BYTES = 8  # of a packed block beside its codes: scale and sum
 ACTIVATIONS = 3.0  # times the values of a layer that a pass holds at once
-ROW_BYTES = 1 << 18  # that are mapped when a row is read for the first time
+ROW_BYTES = 1 << 14  # that a token of prose maps on average; most come again or lie beside others
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,28 @@ def count_nodes(graph: Graph) -> int:
     )
 
 
-def kv_bytes(spec: ModelSpec, context: int) -> dict[int, int]:
-    """Window (0: none) -> bytes of float32 keys and values with ``context`` positions."""
+def slots_in_use(spec: ModelSpec, window: int, context: int) -> int:
+    """Slots of a layer's cache that hold ``context`` positions, or those of a ``window`` (0: none)."""
     from .engines.onnx import CHUNK
     from .engines.onnx_caches import SPARE
 
-    attention = [layer for layer in spec.layers if layer.kind == "attention"]
-    slots = max((layer.window for layer in attention), default=0) - 1 + SPARE + CHUNK
+    widest = max(layer.window for layer in spec.layers)
+    return min(context, widest - 1 + SPARE + CHUNK) if window else context
+
+
+def kv_bytes(spec: ModelSpec, context: int) -> dict[int, int]:
+    """Window (0: none) -> bytes of float32 keys and values with ``context`` positions."""
     found: dict[int, int] = {}
-    for layer in attention:
-        seen = min(context, slots) if layer.window else context
-        size = 2 * 4 * layer.n_kv_heads * spec.head_dim * seen
-        found[layer.window] = found.get(layer.window, 0) + size
+    for layer in spec.layers:
+        if layer.kind == "attention":
+            size = 2 * 4 * layer.n_kv_heads * spec.head_dim * slots_in_use(spec, layer.window, context)
+            found[layer.window] = found.get(layer.window, 0) + size
     return found
 
 
-def parts(directory: OnnxDirectory, graph: Graph, context: int, head: str, quant: str = "") -> tuple[Part, ...]:
+def parts(
+    directory: OnnxDirectory, graph: Graph, context: int, head: str, quant: str = ""
+) -> tuple[Part, ...]:
     """The terms of the peak with one session of ``context`` tokens, as the export is or as it would be in
     another ``quant``."""
     from .engines.onnx import CHUNK
@@ -115,14 +122,9 @@ def parts(directory: OnnxDirectory, graph: Graph, context: int, head: str, quant
     wide = 4 * spec.ffn_dim + 2 * spec.dim + (spec.n_heads + 2 * kv_heads) * spec.head_dim
     scored = 2 * LONGEST if head == "exact" else 1 + flash
     file = _native.GgufFile(str(directory.path / TOKENIZER))
-    tokenizer, metadata = tokenizer_bytes(file)
-    kept = round(metadata * (1 - FREED_METADATA))
+    tokenizer, _, kept = tokenizer_bytes(file)
     cached = [
-        Part(
-            f"KV cache, {attention.count(window)} {f'layers with a window of {window}' if window else 'full layers'}",
-            size,
-            "float32",
-        )
+        Part(f"KV cache, {attention.count(window)} {_layers(window)}", size, "float32")
         for window, size in kv_bytes(spec, context).items()
     ]
     convolutions = spec.n_layers - len(attention)
@@ -134,7 +136,7 @@ def parts(directory: OnnxDirectory, graph: Graph, context: int, head: str, quant
         Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
         Part("tokenizer", tokenizer + kept, "with the metadata it is made of"),
     ]
-    read = spec.vocab_size if flash else context
+    read = spec.vocab_size if head != "dense" else context
     rows = round(weights.rows * (1 - math.exp(-read * ROW_BYTES / weights.rows)))
     loading = weights.extra - rows - sum(part.bytes for part in later)
     found = [
@@ -148,3 +150,7 @@ def parts(directory: OnnxDirectory, graph: Graph, context: int, head: str, quant
         Part("Python", PYTHON_BYTES, "and its libraries"),
     ]
     return tuple(part for part in found if part.bytes)
+
+
+def _layers(window: int) -> str:
+    return f"layers with a window of {window}" if window else "full layers"

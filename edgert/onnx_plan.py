@@ -1,33 +1,27 @@
 """What a run of an ONNX export will cost: the plan of :mod:`edgert.planner` for a directory.
 
-Memory is that of ONNX Runtime on the CPU (:mod:`edgert.onnx_memory`). Of other execution providers nothing was
-measured. Time is an estimate from what the doctor measured of this machine's memory and of edgert's own
-kernels, with what ONNX Runtime reached of these on one machine (``bench/results``, plan_check_onnx).
+Memory (:mod:`edgert.onnx_memory`) and time (:mod:`edgert.onnx_time`) are those of ONNX Runtime on the CPU. Of
+other execution providers nothing was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import PlanError, UsageError
 from .memory_left import memory_left
 from .onnx_directory import QUANTS, OnnxDirectory
-from .onnx_memory import count_nodes, held, kv_bytes, parts
+from .onnx_memory import parts
 from .onnx_preflight import check_graph
+from .onnx_time import decode_steps, prefill_steps
 from .placement import longest
-from .plan_time import Step
 from .planner import Part, Plan, Remedy, check_context
 
 if TYPE_CHECKING:
     from .onnx_wire import Graph
     from .rates import Rates
-
-# Share of memory's bandwidth that a step reaches, of the doctor's rate of int8 kernels that a prompt does,
-# and seconds of a node.
-READS, PREFILL, NODE = 1.0, 1.0, 4e-6
 
 
 @dataclass(frozen=True)
@@ -89,49 +83,70 @@ class OnnxCase:
         remedies.append(Remedy(f"{size_text(short)} more memory, or a smaller model", short, True))
         return tuple(remedies)
 
-    def decode(self, rates: Rates, length: int) -> tuple[Step, ...]:
-        """One token with ``length`` positions in the cache."""
-        body, dense, flash = self._weights()
-        cache = sum(kv_bytes(self.directory.spec, length).values())
-        speed = READS * rates.bandwidth
-
-        def reading(name: str, read: int) -> Step:
-            return Step(name, read / speed, read, "memory")
-
-        return (
-            reading("body", body),
-            reading("attention", cache),
-            reading("head", dense if self.head == "dense" else flash),
-            Step("fixed", NODE * count_nodes(self.graph), 0, "fixed"),
+    def plan(self, context: int, rates: Rates, available: int, limit: str) -> Plan:
+        directory = self.directory
+        return Plan(
+            model=directory.name,
+            path=str(directory.path),
+            context=context,
+            trained_context=directory.spec.context_length,
+            kv="f32",
+            attention="full",
+            chosen=0,
+            slots=0,
+            head=self.head,
+            threads=self.threads,
+            platform=rates.name,
+            memory=self.memory(context),
+            available=available,
+            limit=limit,
+            max_context=self.max_context(available),
+            regimes=(),
+            decode=decode_steps(self, rates, context),
+            prefill=prefill_steps(self, rates, context),
+            remedies=self.remedies(context, available),
         )
-
-    def prefill(self, rates: Rates, length: int) -> tuple[Step, ...]:
-        """A prompt of ``length`` tokens, up to the logits after the last."""
-        spec = self.directory.spec
-        kind = {"int4": "Q4_0", "int8": "Q8_0"}.get(self.directory.quant, "F32")
-        inner = sum(
-            rows * cols for name, rows, cols in matrices(spec) if name not in ("token_embd.weight", "output.weight")
-        )
-        tokens = min(length, MANY)
-        body = length / tokens * inner / (PREFILL * rates.weights(kind, tokens))
-        _, dense, _ = self._weights()
-        return (
-            Step("body", body, 0, "arithmetic"),
-            Step("head", dense / (READS * rates.bandwidth), dense, "memory"),
-        )
-
-    def _weights(self) -> tuple[int, int, int]:
-        """Bytes that a step reads of the layers, of the dense head, and of the FlashHead."""
 
 
 def plan_export(
-    path: Path,
-    *,
-    context: int | None,
-    platform: str | None,
-    memory: int | None,
-    threads: int,
-    head: str,
-    others: Mapping[str, Any],
+    path: Path, context: int | None, platform: str | None, memory: int | None, threads: int, head: str
 ) -> Plan:
     """:func:`edgert.plan` for a directory."""
+    from .rates import rates_for
+
+    directory = OnnxDirectory.open(path)
+    check_context(context, directory.spec.context_length)
+    rates = rates_for(platform, threads)
+    case = OnnxCase.read(directory, rates.threads, head)
+    if memory is not None:
+        available, limit = memory, "the limit asked for (--memory)"
+    elif platform is not None:
+        available, limit = rates.usable_memory, f"{rates.name}"
+    else:
+        available, limit = memory_left(rates.threads)
+    return case.plan(context or directory.context, rates, available, limit)
+
+
+def needed_bytes(directory: OnnxDirectory, context: int, threads: int = 0, head: str = "auto") -> int:
+    """Bytes at the peak of a process with one session of ``context`` tokens."""
+    return OnnxCase.read(directory, threads, head).needed(context)
+
+
+def check_fits(directory: OnnxDirectory, context: int, threads: int = 0, head: str = "auto") -> None:
+    """Raises PlanError, with what to change, when a session of ``context`` tokens does not fit the memory
+    there is for this process."""
+    from .download import size_text
+
+    case = OnnxCase.read(directory, threads, head)
+    available, limit = memory_left(case.threads)
+    needed = case.needed(context)
+    if needed <= available:
+        return
+    remedies = [remedy.text for remedy in case.remedies(context, available)]
+    raise PlanError(
+        f"{directory.path} with a context of {context} tokens needs {size_text(needed)} of memory and "
+        f"{limit} leaves {size_text(max(available, 0))}; what would help: {'; or '.join(remedies)}",
+        needed,
+        available,
+        remedies,
+    )

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from . import _native
 from .errors import PlanError, UsageError
 from .head_classes import ALL_INDEXED, INDEXED, NAMES, SINKS, HeadClasses, choose_heads
-from .locate import model_path
+from .locate import model_path, onnx_export
 from .memory_left import PYTHON_BYTES, memory_left
 from .placement import check_memory, longest, longest_placed, place, regimes
+from .tokenizer_memory import tokenizer_bytes
 
 if TYPE_CHECKING:
     from .models import ModelSpec
@@ -28,17 +29,6 @@ if TYPE_CHECKING:
     from .rates import Rates
     from .sidecar import Sidecar
 
-# Resident bytes of the tokenizers library with the chat template's. tests/test_plan.py holds this and
-# PYTHON_BYTES to the measured peaks.
-TOKENIZER_BYTES = 8_000_000
-# Bytes for each string and each number of the file's metadata, in the core and as Python values, and for
-# each piece and merge in a tokenizer.
-STRING_BYTES = 130
-NUMBER_BYTES = 24
-BPE_BYTES = 172
-SPM_BYTES = 75
-# Share of the metadata's bytes that is given back once a model is loaded.
-FREED_METADATA = 0.3
 LONG_ARRAY = 4096  # elements; what describes layers is shorter
 READ_AHEAD = 1 << 18  # bytes of the file that each thread holds while it packs weights
 LEAST_CONTEXT = 256  # a load that may choose its context is refused below this
@@ -143,7 +133,7 @@ def plan(
     heads: str | PathLike[str] = "none",
 ) -> Plan:
     """The cost of running ``model`` (as in :func:`edgert.load`) with the native engine, from the headers of
-    its files.
+    its files, or of an ONNX export with ONNX Runtime.
 
     ``context``: tokens of prompt and answer together (None: what the model was made for). ``platform``: a
     board edgert describes, or the path of a platform file; None is this machine, as `edgert doctor`
@@ -151,14 +141,18 @@ def plan(
     can give now); with sparse or exact attention, keys and values that do not fit into them go to the
     disk. The other options are those of :func:`edgert.load`.
 
-    Raises UsageError for an unknown platform or an option that makes no sense, ModelFileError and
-    UnsupportedModelError as load does. A run that does not fit is no error here: see :attr:`Plan.fits`.
+    Raises UsageError, ModelFileError and UnsupportedModelError as load does. A run that does not fit is no
+    error here: see :attr:`Plan.fits`.
     """
     from .attention import choose_budget
     from .engines import check_options
     from .heads import check_head, choose_retrieval, choose_sidecar
     from .rates import rates_for
 
+    if export := onnx_export(model):
+        from .onnx_plan import plan_export
+
+        return plan_export(export, context, platform, memory, threads, head)
     check_options("native", threads, kv)
     check_memory(memory, "native")
     chosen = choose_budget(attention, budget, "native")
@@ -307,8 +301,7 @@ class Case:
             Part("logits", self._logits(), "of the tokens that are scored at once"),
         ]
         parts.append(Part("padding", sizes.padding_bytes, "of the buffer that holds all weights"))
-        tokenizer, metadata = tokenizer_bytes(self.file)
-        kept = round(metadata * (1 - FREED_METADATA))
+        tokenizer, metadata, kept = tokenizer_bytes(self.file)
         parts.append(Part("tokenizer", tokenizer + kept, "with the file's metadata"))
         # While a model loads there is more of the metadata, and there are no keys and values yet.
         grows = sum(p.bytes for p in parts if p.name.startswith(("KV", "logits", "convolution")))
@@ -439,17 +432,6 @@ class Case:
         short = needed - available
         remedies.append(Remedy(f"{size_text(short)} more memory, or a smaller model", short, True))
         return tuple(remedies)
-
-
-def tokenizer_bytes(file: _native.GgufFile) -> tuple[int, int]:
-    """Bytes of the tokenizer, and of the metadata in ``file`` that it is made of."""
-    pieces, merges, scores, types = (
-        file.count(f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "scores", "token_type")
-    )
-    metadata = STRING_BYTES * (pieces + merges) + NUMBER_BYTES * (scores + types)
-    if file.get("tokenizer.ggml.model") == "gpt2":
-        return TOKENIZER_BYTES + BPE_BYTES * (pieces + merges), metadata
-    return TOKENIZER_BYTES + SPM_BYTES * pieces, metadata
 
 
 def check_context(context: int | None, trained: int) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,10 @@ import pytest
 from cli_process import edgert, start
 from edgert.bench import plots, table
 from edgert.bench.page import page
+from edgert.bench.request import HEADS
 from edgert.export.gguf_writer import write_gguf
 from flash_files import parts
+from onnx_directories import exported
 from tiny_models import tiny
 
 from edgert.cli import main
@@ -66,6 +69,21 @@ def rows(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
     found: list[dict[str, Any]] = json.loads(done.stdout)
     assert list(Path(cache).iterdir()) == [Path(cache) / "sha256.json"], "the baseline's copy is gone"
     return found
+
+
+def test_an_export_takes_turns_with_the_native_engine(plain: Path) -> None:
+    peer = f"onnx={exported('llama', 'int4', 'lowrank')}"
+    small = ("-p", 8, "-n", 12, "-t", 2, "-r", REPETITIONS, "--peer", peer, "-o", "json")
+    done = edgert("bench", plain, *small)
+    assert done.returncode == 0, done.stderr
+    rows = {row["label"]: row for row in json.loads(done.stdout) if row["n_gen"]}
+    assert list(rows) == ["edgert dense Q8_0", *(f"edgert onnx {h} int4 kv f32" for h in HEADS)]
+    for row in list(rows.values())[1:]:
+        assert row["median_ts"] > 0 and row["bytes_per_token"] > 0 and row["times_dense"] > 0
+        assert row["engine_version"] == version("onnxruntime")
+    assert rows["edgert onnx dense int4 kv f32"]["reference"] == "edgert dense Q8_0"
+    done = edgert("bench", plain, *small, "--head", "dense")
+    assert {row["head"] for row in json.loads(done.stdout)} == {"dense"}
 
 
 def test_modes_of_attention(model: Path) -> None:
@@ -233,6 +251,7 @@ def test_jsonl_and_compare(plain: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["--head", "flash"], "edgert export"),
         (["--peer", "llama.cpp"], "did you mean llamacpp?"),
         (["--peer", "llamacpp=/tmp"], "drop =/tmp"),
+        (["--peer", "onnx"], "onnx=DIR"),
         (["--peer", "transformers=/nowhere"], "there is no directory '/nowhere'"),
         (["-o", "htm"], "did you mean html?"),
         (["--kv", "f17"], "did you mean f16?"),
@@ -270,6 +289,7 @@ def test_a_wrong_number_of_files_exits_with_2(arguments: list[str]) -> None:
         ("llamacpp", "llama-cpp-python"),
         ("transformers", "transformers"),
         ("onnxruntime-genai=.", "onnxruntime-genai"),
+        ("onnx=.", "onnxruntime"),
     ],
 )
 def test_a_peer_that_is_not_there_is_named(

@@ -20,6 +20,7 @@ from edgert.bench.settings import Test as Task
 from edgert.export import quantise
 from edgert.export.gguf_writer import write_gguf
 from flash_files import parts
+from onnx_directories import exported
 from tiny_models import prompt, tiny
 
 from edgert import _native
@@ -55,6 +56,8 @@ def test_heads_and_peers_generate_the_same(name: str, tmp_path: Path) -> None:
     dense = run(Native(model, 1, 64))
     assert run(Native(model, 1, 64, "exact")) == dense
     assert len(run(Native(model, 1, 64, "flash"))) == len(dense)
+    assert run(Native(exported(name, "f32"), 1, 64, engine="onnx")) == dense
+    assert run(Native(exported(name, "f32", "lowrank"), 1, 64, "exact", engine="onnx")) == dense
     checkpoint = tiny(name, "F32").path.parent / name
     assert run(Transformers(checkpoint, 1)) == dense
     if name != "lfm2":

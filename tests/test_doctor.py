@@ -31,7 +31,7 @@ from machine_files import (
 )
 
 from edgert.cli import doctor
-from edgert.cli.findings import Examined, findings
+from edgert.cli.findings import Examined, OnnxRuntime, findings
 from edgert.machine import DiskRead
 
 GIB = 1 << 30
@@ -191,26 +191,41 @@ def test_disk(tmp_path: Path) -> None:
 
 
 def test_onnxruntime_on_a_jetson(tmp_path: Path) -> None:
-    e = examined(tmp_path / "nano", orin_nano(2, 1_728_000, 3_199_000_000), onnxruntime=False)
+    cpu = OnnxRuntime({"onnxruntime": "1.32.0"}, ("cpu",))
+    e = examined(tmp_path / "nano", orin_nano(2, 1_728_000, 3_199_000_000), onnxruntime=cpu)
     assert says(e, "onnxruntime has no GPU provider.*L4T 36.4.7")
-    for installed in (True, None):
+    for installed in (OnnxRuntime({"onnxruntime-gpu": "1.24.1"}, ("cpu", "cuda", "tensorrt")), None):
         assert not says(replace(e, onnxruntime=installed), "onnxruntime")
-    assert not says(examined(tmp_path / "pi", PI, onnxruntime=False), "onnxruntime")
+    assert not says(examined(tmp_path / "pi", PI, onnxruntime=cpu), "onnxruntime")
+
+
+def test_two_packages_of_onnxruntime_and_an_old_one(tmp_path: Path) -> None:
+    both = OnnxRuntime({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.32.0"}, ("cpu", "cuda"))
+    e = examined(tmp_path, PI, onnxruntime=both)
+    assert says(e, "are both installed.*pip uninstall onnxruntime onnxruntime-gpu, then install one")
+    assert not says(e, "too old")
+    old = OnnxRuntime({"onnxruntime": "1.23.2"}, ("cpu",))
+    assert says(replace(e, onnxruntime=old), r"onnxruntime 1\.23\.2 is too old.*1\.24 or newer")
+    facts = doctor.describe(e)
+    assert json.loads(json.dumps(facts))["onnxruntime"]["providers"] == ["cpu", "cuda"]
+    doctor._print(facts)
 
 
 def test_onnxruntime_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "onnxruntime"
     files = {"onnxruntime/__init__.py": "raise RuntimeError\n", "onnxruntime/capi/x.so": ""}
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
     assert doctor._onnxruntime() is None
     monkeypatch.delitem(sys.modules, "onnxruntime")
+    for package, version in (("onnxruntime", "1.30.0"), ("onnxruntime_gpu", "1.31.0")):
+        files[f"{package}-{version}.dist-info/METADATA"] = f"Name: {package}\nVersion: {version}\n"
     write(tmp_path, files)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert doctor._onnxruntime() is False
-    (package / "capi/libonnxruntime_providers_shared.so").touch()
-    assert doctor._onnxruntime() is False
-    (package / "capi/libonnxruntime_providers_cuda.so").touch()
-    assert doctor._onnxruntime() is True
+    found = doctor._onnxruntime()
+    assert found == OnnxRuntime({"onnxruntime": "1.30.0", "onnxruntime-gpu": "1.31.0"}, ("cpu",))
+    for name in ("shared", "cuda", "tensorrt"):
+        (tmp_path / f"onnxruntime/capi/libonnxruntime_providers_{name}.so").touch()
+    found = doctor._onnxruntime()
+    assert found and found.providers == ("cpu", "cuda", "tensorrt")
 
 
 def test_other_engine_and_busy_machine(tmp_path: Path) -> None:

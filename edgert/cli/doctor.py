@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgert.cli.findings import Examined
+    from edgert.cli.findings import Examined, OnnxRuntime
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,7 @@ def describe(e: Examined) -> dict[str, Any]:
         "isa": {"selected": e.measured.isa, "available": e.levels},
         "measured": {**asdict(e.measured), "stored": e.not_stored is None},
         "engines": dict(e.engines),
-        "onnxruntime_gpu": e.onnxruntime,
+        "onnxruntime": asdict(e.onnxruntime) if e.onnxruntime else None,
         "cache": {"directory": str(cache), "free": shutil.disk_usage(_existing(cache)).free, "disk": e.disk},
         "findings": findings(e),
     }
@@ -110,16 +110,23 @@ def _engines() -> dict[str, str | None]:
     return found
 
 
-def _onnxruntime() -> bool | None:
-    """Whether onnxruntime comes with a GPU provider, without the seconds its import takes; None where it is
-    not installed."""
+def _onnxruntime() -> OnnxRuntime | None:
+    """Without the seconds that its import takes; None where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
+
+    from edgert.cli.findings import ONNX_PACKAGES, OnnxRuntime
 
     found = find_spec("onnxruntime")
     if found is None or not found.submodule_search_locations:
         return None
-    libraries = Path(found.submodule_search_locations[0], "capi").glob("libonnxruntime_providers_*")
-    return any("cuda" in library.name or "tensorrt" in library.name for library in libraries)
+    packages = {}
+    for name in ONNX_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    libraries = Path(found.submodule_search_locations[0], "capi").glob("libonnxruntime_providers_*.so")
+    names = {library.stem.removeprefix("libonnxruntime_providers_") for library in libraries}
+    return OnnxRuntime(packages, ("cpu", *sorted(names - {"shared"})))
 
 
 def _existing(path: Path) -> Path:
@@ -179,6 +186,11 @@ def _print(facts: dict[str, Any]) -> None:
         )
     for name, version in facts["engines"].items():
         row("engine", f"{name} {version}" if version else f"{name} not installed")
+    if runtime := facts["onnxruntime"]:
+        packages = ", ".join(f"{name} {version}" for name, version in runtime["packages"].items())
+        row("engine", f"onnx: {packages or 'of unknown version'}, for {', '.join(runtime['providers'])}")
+    else:
+        row("engine", "onnx not installed")
     row("cache", f"{facts['cache']['directory']}, {size_text(facts['cache']['free'])} free")
     print()
     for sentence in facts["findings"]:

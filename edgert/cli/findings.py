@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,14 +18,24 @@ ENOUGH = 0.95  # of the best bandwidth: more threads add little
 FAR_BELOW = 0.6  # of what a board should give; its figures are no closer than that
 SWAPPED = 64 << 20  # less is what systems put aside anyway
 Q4_0_BYTES = 18 / 32  # a weight
+ONNX_PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # distributions of one and the same module
+OLDEST_ONNX = (1, 24)  # the one before computes the graphs that edgert exports wrongly
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """``packages``: distribution -> version, of those installed; ``providers``: "cpu" and what else has a
+    library."""
+
+    packages: Mapping[str, str]
+    providers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Examined:
     """All the doctor looked at. ``modes`` are a Jetson's power modes by number, ``levels`` the ISA levels
     that run here, ``disk`` the kind of disk of the cache, ``engines`` their versions (None: not installed),
-    ``onnxruntime`` whether it has a GPU provider (None: not installed), ``not_stored`` why the measurement
-    was not."""
+    ``onnxruntime`` None where it is not installed, ``not_stored`` why the measurement was not."""
 
     machine: Machine
     here: Recognised
@@ -33,7 +44,7 @@ class Examined:
     disk: str | None
     levels: list[str]
     engines: Mapping[str, str | None]
-    onnxruntime: bool | None
+    onnxruntime: OnnxRuntime | None
     measured: Measured
     not_stored: str | None
 
@@ -199,10 +210,26 @@ def _disk(e: Examined) -> Iterator[str]:
 
 
 def _engines(e: Examined) -> Iterator[str]:
-    if e.here.l4t and e.onnxruntime is False:
-        yield (
-            "onnxruntime has no GPU provider here, so what runs on it uses the processor; NVIDIA's wheel of "
-            f"onnxruntime-gpu for L4T {e.here.l4t} has one. edgert does without either."
-        )
+    if e.onnxruntime:
+        yield from _onnxruntime(e.onnxruntime, e.here.l4t)
     if e.engines["llamacpp"] is None:
         yield "Architectures that native does not know need llama.cpp: pip install 'edgert[llamacpp]'."
+
+
+def _onnxruntime(found: OnnxRuntime, l4t: str | None) -> Iterator[str]:
+    if len(found.packages) > 1:
+        yield (
+            f"{' and '.join(found.packages)} are both installed and overwrite each other's files, so that the "
+            f"GPU may be missing or nothing load: pip uninstall {' '.join(found.packages)}, then install one."
+        )
+    for name, version in found.packages.items():
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_ONNX:
+            yield (
+                f"{name} {version} is too old: it computes edgert's exports wrongly. Install "
+                f"{'.'.join(map(str, OLDEST_ONNX))} or newer, which needs Python 3.11 or newer."
+            )
+    if l4t and len(found.providers) == 1:
+        yield (
+            "onnxruntime has no GPU provider here, so what runs on it uses the processor; docs/jetson.md has "
+            f"the ways to one for L4T {l4t}. edgert does without either."
+        )

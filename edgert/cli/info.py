@@ -1,13 +1,16 @@
-"""`edgert info`: what a model file is, from its header alone."""
+"""`edgert info`: what a model is, from its header alone."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgert.cli.options import add_model_arguments
+
+if TYPE_CHECKING:
+    from edgert.models import ModelSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,14 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    from edgert.cli import info_onnx
     from edgert.cli.progress import Bar
-    from edgert.locate import model_path
+    from edgert.locate import model_path, onnx_export
 
-    facts = describe(str(model_path(args.model, Bar)))
+    export = onnx_export(args.model)
+    facts = info_onnx.describe(export) if export else describe(str(model_path(args.model, Bar)))
     if args.json:
         import json
 
         print(json.dumps(facts, ensure_ascii=False, indent=2))
+    elif export:
+        info_onnx.show(facts)
     else:
         _print(facts)
     return 0
@@ -66,10 +73,19 @@ def describe(path: str) -> dict[str, Any]:
         spec = load_spec(metadata, {t.name: t.shape for t in tensors})
     except (UnsupportedArchitecture, BadModelMetadata) as e:
         return {**facts, "native": False, "why_not_native": str(e)}
-    attention = [layer for layer in spec.layers if layer.kind == "attention"]
     return {
         **facts,
         "native": True,
+        **describe_spec(spec),
+        "kv_bytes_per_position": int(kv_bytes(spec, 1)),
+        "kv_bytes_full_context": int(kv_bytes(spec, spec.context_length)),
+    }
+
+
+def describe_spec(spec: ModelSpec) -> dict[str, Any]:
+    """Sizes of the layers."""
+    attention = [layer for layer in spec.layers if layer.kind == "attention"]
+    return {
         "layers": spec.n_layers,
         "full_attention_layers": sum(layer.window == 0 for layer in attention),
         "sliding_window_layers": sum(layer.window > 0 for layer in attention),
@@ -80,18 +96,28 @@ def describe(path: str) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "dim": spec.dim,
         "ffn_dim": spec.ffn_dim,
-        "kv_bytes_per_position": int(kv_bytes(spec, 1)),
-        "kv_bytes_full_context": int(kv_bytes(spec, spec.context_length)),
     }
+
+
+def row(label: str, *values: object) -> None:
+    text = ", ".join(str(v) for v in values if v not in (None, ""))
+    # A file's strings are not to be trusted with the terminal.
+    print(f"{label:<15}" + "".join(c if c.isprintable() else "\ufffd" for c in text))
+
+
+def show_layers(facts: dict[str, Any]) -> None:
+    kinds = {
+        "full attention": facts["full_attention_layers"],
+        f"sliding window of {facts['window']}": facts["sliding_window_layers"],
+        "short convolution": facts["convolution_layers"],
+    }
+    row("layers", facts["layers"], *(f"{n} {kind}" for kind, n in kinds.items() if n))
+    row("heads", f"{facts['heads']} query, {facts['kv_heads']} key/value, {facts['head_dim']} wide")
+    row("width", f"{facts['dim']}", f"{facts['ffn_dim']} in the feed-forward")
 
 
 def _print(facts: dict[str, Any]) -> None:
     from edgert.download import size_text
-
-    def row(label: str, *values: object) -> None:
-        text = ", ".join(str(v) for v in values if v not in (None, ""))
-        # A file's strings are not to be trusted with the terminal.
-        print(f"{label:<15}" + "".join(c if c.isprintable() else "\ufffd" for c in text))
 
     parts, total = facts["bytes_by_part"], sum(facts["bytes_by_part"].values())
 
@@ -114,14 +140,7 @@ def _print(facts: dict[str, Any]) -> None:
     row("licence", facts["licence"] or "not stated in the file")
     row("types", *(f"{name} {share(n)}" for name, n in facts["bytes_by_type"].items()))
     if facts["native"]:
-        kinds = {
-            "full attention": facts["full_attention_layers"],
-            f"sliding window of {facts['window']}": facts["sliding_window_layers"],
-            "short convolution": facts["convolution_layers"],
-        }
-        row("layers", facts["layers"], *(f"{n} {kind}" for kind, n in kinds.items() if n))
-        row("heads", f"{facts['heads']} query, {facts['kv_heads']} key/value, {facts['head_dim']} wide")
-        row("width", f"{facts['dim']}", f"{facts['ffn_dim']} in the feed-forward")
+        show_layers(facts)
     row("context", f"{facts['context_length']} tokens")
     pre = f"pre-tokenizer {facts['pre_tokenizer']}" if facts["pre_tokenizer"] else None
     row("tokenizer", facts["tokenizer"], pre, f"{facts['vocabulary']} tokens")

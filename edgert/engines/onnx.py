@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgert.cost import kv_bytes
 from edgert.engines.base import Ids, Logits
 from edgert.engines.onnx_caches import Caches, Slots, States
 from edgert.engines.onnx_pass import Outputs, Pass
@@ -194,6 +195,11 @@ class OnnxSession:
         full, windows = self._full, self._windows
         return full.row_bytes * self._length + windows.row_bytes * (self._length - windows.start)
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of keys and values the next step reads."""
+        return round(kv_bytes(self._engine.spec, self._length, "f32"))
+
     def prefill(self, tokens: Sequence[int]) -> Logits:
         self._check(tokens)
         for at in range(0, len(tokens), CHUNK):
@@ -216,7 +222,7 @@ class OnnxSession:
         the same pass."""
         self._check([token])
         found = self._pass([token], [-1], flash=True)
-        state = _row(found.hidden).copy()
+        state: Logits = _row(found.hidden).copy()
         self._flash = (state, found)
         return state
 

@@ -1,0 +1,155 @@
+"""What `edgert plan` predicts of ONNX exports beside what runs take:
+``python -m edgert.bench.plan_check_onnx DIR ...``.
+
+As :mod:`edgert.bench.plan_check`, with ONNX Runtime on the CPU: every row is a process of its own that loads
+an export, reads a prompt of prose and generates, and does so again ROUNDS times for the time, with memory's
+speed probed in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgert.bench.measure import put, say
+from edgert.bench.plan_check import (
+    DECODE_MEDIAN,
+    GENERATED,
+    PROBE_SECONDS,
+    Row,
+    in_process,
+    settle,
+    verdict,
+)
+from edgert.bench.text import prose
+
+from edgert.onnx_directory import OnnxDirectory
+from edgert.onnx_plan import OnnxCase
+from edgert.onnx_time import decode_steps, prefill_steps
+from edgert.rates import Rates, rates_for
+from edgert.tokenizer import Tokenizer
+
+ROUNDS = 4
+
+_CHILD = """
+import json, sys
+import edgert
+from edgert import _native
+path, head, context, generated, ids, threads, seconds, count = json.load(sys.stdin)
+with edgert.load(path, engine="onnx", head=head, context=context, threads=threads) as model:
+    with model.session() as session:
+        stats = session.generate(ids, max_tokens=generated).stats
+    peak, rounds, prompts = stats.peak_memory, [], [stats.prompt_seconds]
+    before = _native.probe_read_bandwidth(threads, seconds)
+    for _ in range(count):
+        with model.session() as session:
+            stats = session.generate(ids, max_tokens=generated).stats
+        after = _native.probe_read_bandwidth(threads, seconds)
+        rounds.append([1 / stats.generation_tps, before, after])
+        prompts.append(stats.prompt_seconds)
+        before = after
+    import onnxruntime
+json.dump([peak, rounds, min(prompts), stats.generated_tokens, onnxruntime.__version__], sys.stdout)
+"""
+
+
+@dataclass(frozen=True)
+class OnnxRow(Row):
+    """Also a prompt of ``context`` - GENERATED tokens, in seconds; ``kv`` is the type of the weights."""
+
+    planned_prompt: float
+    measured_prompt: float
+    version: str
+
+
+def run(directory: OnnxDirectory, head: str, context: int, rates: Rates) -> OnnxRow:
+    """One row: the process, and the plan for its length."""
+    case = OnnxCase.read(directory, rates.threads, head)
+    prompt = context - GENERATED
+    ids = Tokenizer.from_gguf(directory.metadata).encode(prose(9000))[:prompt]
+    job = [str(directory.path), head, context, GENERATED, ids, rates.threads, PROBE_SECONDS, ROUNDS]
+    peak, rounds, seconds_of_prompt, generated, version = in_process(
+        _CHILD, job, f"{directory.path} {head} {context}"
+    )
+
+    def predicted(bandwidth: float) -> float:
+        steps = decode_steps(case, replace(rates, bandwidth=bandwidth), prompt + generated // 2)
+        return sum(step.seconds for step in steps)
+
+    seconds, bandwidth = settle(rounds, predicted)
+    return OnnxRow(
+        model=directory.name,
+        kv=directory.quant,
+        head=head,
+        context=context,
+        planned_bytes=case.needed(prompt + generated),
+        measured_bytes=peak,
+        planned_seconds=predicted(bandwidth),
+        measured_seconds=seconds,
+        bandwidth=bandwidth,
+        planned_prompt=sum(step.seconds for step in prefill_steps(case, rates, prompt)),
+        measured_prompt=seconds_of_prompt,
+        version=version,
+    )
+
+
+def table(rows: list[OnnxRow], machine: str) -> str:
+    """Markdown, with the errors and whether the targets hold."""
+    prompts = [abs(r.planned_prompt / r.measured_prompt - 1) for r in rows]
+    lines = [
+        f"# What `edgert plan` says of ONNX exports beside what runs take: {machine}",
+        "",
+        f"`python -m edgert.bench.plan_check_onnx`, ONNX Runtime {rows[0].version} on the CPU. Peak resident "
+        f"memory of a process that loads, reads a prompt and generates {GENERATED} tokens; time of a "
+        f"token in {ROUNDS} more generations, predicted from memory's speed around each; the shortest time of a "
+        "prompt.",
+        "",
+        *verdict(rows, "token", DECODE_MEDIAN),
+        f"- time of a prompt: off by {statistics.median(prompts):.1%} at the median, {max(prompts):.1%} at "
+        "worst",
+        "",
+        "| model | weights | head | context | peak planned | measured | off | token planned | measured | off "
+        "| prompt planned | measured | off | GB/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.model} | {r.kv} | {r.head} | {r.context:,} | {r.planned_bytes / 1e6:.1f} MB "
+            f"| {r.measured_bytes / 1e6:.1f} MB | {r.memory_error:+.1%}{'' if r.memory_held else ' (!)'} "
+            f"| {r.planned_seconds * 1e3:.2f} ms | {r.measured_seconds * 1e3:.2f} ms | {r.time_error:+.1%} "
+            f"| {r.planned_prompt:.2f} s | {r.measured_prompt:.2f} s "
+            f"| {r.planned_prompt / r.measured_prompt - 1:+.1%} | {r.bandwidth / 1e9:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m edgert.bench.plan_check_onnx", description=__doc__)
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
+    parser.add_argument("--contexts", default="128,512,2000,4000")
+    parser.add_argument("--heads", default="dense,flash,exact", help="those that an export has are taken")
+    args = parser.parse_args()
+    rates = rates_for(None, 0)
+    if not rates.measured:
+        raise SystemExit("run `edgert doctor` first: the plan needs its measurements")
+    rows: list[OnnxRow] = []
+    for path in args.directories:
+        directory = OnnxDirectory.open(path)
+        for context in map(int, args.contexts.split(",")):
+            for head in args.heads.split(","):
+                if head != "dense" and directory.flash_head is None:
+                    continue
+                row = run(directory, head, context, rates)
+                rows.append(row)
+                say(
+                    f"{row.model} {row.kv} {head} {context}: memory {row.memory_error:+.1%}, "
+                    f"time {row.time_error:+.1%}, prompt {row.planned_prompt / row.measured_prompt - 1:+.1%}"
+                )
+    put(table(rows, rates.name), args.output)
+
+
+if __name__ == "__main__":
+    main()

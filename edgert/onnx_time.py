@@ -1,0 +1,101 @@
+"""The time of an ONNX export in ONNX Runtime on the CPU, part by part: an estimate, from what the doctor
+measured of this machine's memory and of edgert's own kernels, and the share of that which ONNX Runtime
+reached."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .engines.onnx import CHUNK, bytes_of_a_step
+from .onnx_memory import BLOCK_BYTES, count_nodes, kv_bytes, slots_in_use
+from .plan_time import OVERLAP, Step
+
+if TYPE_CHECKING:
+    from .onnx_plan import OnnxCase
+    from .rates import Rates
+
+# Shares that ONNX Runtime 1.32 reached on one core of an AMD EPYC: of edgert's kernels in products with one
+# token and with many, and of the float32 rate in attention.
+STEP = {"int4": 0.42, "int8": 0.42, "f16": 1.0, "f32": 1.0}
+PROMPT = {"int4": 0.30, "int8": 0.30, "f16": 2.0, "f32": 2.0}
+STEP_ATTENTION, PROMPT_ATTENTION = 0.14, 0.70
+NODE = 6e-6  # seconds of a node in a step, whatever it computes
+CHOICE = 4e-9  # seconds for each token of the vocabulary, of which a FlashHead takes the best
+KINDS = {"int4": "Q4_0", "int8": "Q8_0", "f16": "F32", "f32": "F32"}  # float16 is made float32
+# Bytes of a weight as it is stored, with its part of a scale, and as it is packed.
+STORED = {"int4": 20 / 32, "int8": 36 / 32, "f16": 4, "f32": 4}
+PACKED = {"int4": (16 + BLOCK_BYTES) / 32, "int8": (32 + BLOCK_BYTES) / 32, "f16": 4, "f32": 4}
+
+
+def decode_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
+    """One token with ``length`` positions in the cache."""
+    spec = case.directory.spec
+    body, dense, flash = bytes_of_a_step(case.graph, case.directory)
+    read = sum(kv_bytes(spec, length).values())
+    attention = _pairs(case, length) / (STEP_ATTENTION * rates.fp32)
+    steps = [
+        _product(case, "body", body, rates, 1),
+        Step("attention", attention, read, "arithmetic"),
+        _product(case, "head", dense if case.head == "dense" else flash, rates, 1),
+        Step("fixed", NODE * count_nodes(case.graph), 0, "fixed"),
+    ]
+    if case.head == "dense":
+        return tuple(steps)
+    steps.append(Step("choice", CHOICE * spec.vocab_size, 0, "arithmetic"))
+    return tuple(steps if case.head == "flash" else _exact(case, rates, steps, dense))
+
+
+def prefill_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
+    """A prompt of ``length`` tokens, up to the logits after the last."""
+    body, dense, _ = bytes_of_a_step(case.graph, case.directory)
+    tokens = min(length, CHUNK)
+    one = _product(case, "body", body, rates, tokens)
+    passes = length / tokens
+    # Position i attends to i positions, or to the slots of a window.
+    pairs = sum(_pairs(case, n) * tokens for n in range(tokens // 2, length, tokens))
+    return (
+        Step("body", one.seconds * passes, round(one.bytes * passes), one.limit),
+        Step("attention", pairs / (PROMPT_ATTENTION * rates.fp32), 0, "arithmetic"),
+        Step("fixed", NODE * count_nodes(case.graph) * passes, 0, "fixed"),
+        _product(case, "head", dense, rates, 1),
+    )
+
+
+def _product(case: OnnxCase, name: str, stored: int, rates: Rates, tokens: int) -> Step:
+    """Of matrices that are ``stored`` bytes, with the states of ``tokens`` tokens."""
+    quant = case.directory.quant
+    weights = stored / STORED[quant]
+    packed = round(weights * PACKED[quant])
+    share = (STEP if tokens == 1 else PROMPT)[quant]
+    memory = packed / rates.bandwidth
+    arithmetic = weights / (share * rates.weights(KINDS[quant], tokens))
+    seconds = (memory**OVERLAP + arithmetic**OVERLAP) ** (1 / OVERLAP)
+    return Step(name, seconds, packed, "memory" if memory >= arithmetic else "arithmetic")
+
+
+def _pairs(case: OnnxCase, length: int) -> int:
+    """Multiply-adds of attention for one token after ``length``. ONNX Runtime's operator goes through all
+    slots in use, also those that lie before the window."""
+    spec = case.directory.spec
+    return sum(
+        2 * spec.n_heads * spec.head_dim * slots_in_use(spec, layer.window, length)
+        for layer in spec.layers
+        if layer.kind == "attention"
+    )
+
+
+def _exact(case: OnnxCase, rates: Rates, drafts: list[Step], dense: int) -> list[Step]:
+    """With agreement a, a block of L drafts gives (1 - a**L) / (1 - a) tokens; the states of all of them go
+    through the dense head at once."""
+    from .heads import LONGEST
+
+    quality = (case.directory.flash_head or {}).get("quality", {})
+    found = quality.get("agreement")
+    agreement = found if isinstance(found, float) and 0 < found < 1 else 0.99
+    tokens = (1 - agreement**LONGEST) / (1 - agreement)
+    share = LONGEST / tokens
+    whole = _product(case, "confirming", dense, rates, LONGEST)
+    return [
+        *(Step(s.name, s.seconds * share, round(s.bytes * share), s.limit) for s in drafts),
+        Step(whole.name, whole.seconds / tokens, round(whole.bytes / tokens), whole.limit),
+    ]

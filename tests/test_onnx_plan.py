@@ -1,0 +1,169 @@
+"""`edgert plan` and `edgert info` of ONNX exports: terms that are the graph's own sizes, totals that are what a
+process takes, and refusal with what would help."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from cli_process import edgert as command
+from conftest import real_model
+from onnx_directories import exported
+
+import edgert
+from edgert import onnx_plan
+from edgert.errors import PlanError, UsageError
+from edgert.onnx_directory import QUANTS, OnnxDirectory
+from edgert.onnx_interface import ITEM_BYTES
+from edgert.onnx_memory import held, kv_bytes
+from edgert.onnx_plan import OnnxCase, check_fits, needed_bytes
+from edgert.rates import rates_for
+
+MB = 1_000_000
+
+
+def case_of(path: Path, head: str = "auto") -> OnnxCase:
+    return OnnxCase.read(OnnxDirectory.open(path), 2, head)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("name", ["llama", "llama3", "gemma3", "lfm2"])
+def test_weights_are_those_of_the_graph(name: str, quant: str) -> None:
+    """As often as a matrix is an input of products it is packed, what is only looked up stays mapped."""
+    case = case_of(exported(name, quant))
+    graph = onnx.load(case.directory.graph, load_external_data=False).graph
+    size = {t.name: ITEM_BYTES[t.data_type] * math.prod(t.dims) for t in graph.initializer}
+    shape = {t.name: list(t.dims) for t in graph.initializer}
+    used = {(node.op_type, i): name for node in graph.node for i, name in enumerate(node.input)}
+    blocks = [n.input[1] for n in graph.node if n.op_type == "MatMulNBits"]
+    packed = sum(size[name] + 8 * shape[name][0] * shape[name][1] for name in blocks)
+    table = {n.output[0]: n.input[0] for n in graph.node if n.op_type in ("Cast", "Transpose")}
+
+    def source(name: str) -> str:
+        return source(table[name]) if name in table else name
+
+    for node in graph.node:
+        if node.op_type == "MatMul" and (matrix := source(node.input[1])) in shape:
+            packed += 4 * math.prod(shape[matrix])
+    rows = [n.input[0] for n in graph.node if n.op_type in ("GatherBlockQuantized", "Gather")]
+    spec = case.directory.spec
+    found = held(spec, quant, case.graph, False)
+    assert found.packed == packed
+    assert found.rows == sum(size[name] for name in rows if name in size and "const" not in name)
+    assert found.mapped == sum(size[name] for name in size if name.endswith(".scales"))
+    assert used
+
+
+def test_caches_are_those_of_a_session() -> None:
+    for name in ("llama", "gemma3", "lfm2", "mistral-window"):
+        with edgert.load(exported(name), context=200) as model, model.session() as session:
+            session.prefill(list(range(5, 195)), lambda: False)
+            spec = model.engine.spec
+            assert session._sequence.length == 190
+            buffers = [
+                *session._sequence._full.buffers.values(),
+                *session._sequence._windows.buffers.values(),
+            ]
+            slots = {buffer.value.shape()[2] for buffer in buffers}
+            assert sum(kv_bytes(spec, 190).values()) == session._sequence.nbytes
+            assert min(slots) >= 190  # a tiny window with its spare room holds more
+
+
+def test_windowed_layers_stop_growing() -> None:
+    spec = OnnxDirectory.open(exported("gemma3")).spec
+    short, long = kv_bytes(spec, 100_000), kv_bytes(spec, 200_000)
+    assert long[0] == 2 * short[0]
+    assert long[11] == short[11]
+
+
+def test_another_context_head_and_quant_change_what_they_should() -> None:
+    case = case_of(exported("llama", "int8", "lowrank"), "exact")
+    longer = case.needed(200) - case.needed(100)
+    assert longer >= 100 * sum(kv_bytes(case.directory.spec, 1).values())
+    assert case.needed(100, "int4") < case.needed(100) < case.needed(100, "f32")
+    assert needed_bytes(case.directory, 100, 2, "dense") < case.needed(100)
+    rates = rates_for("jetson-orin-nano-8gb", 6)
+    plan = case.plan(100, rates, 10**9, "x")
+    assert plan.fits and plan.kv == "f32" and plan.max_context == 256
+    assert plan.needed == case.needed(100)
+    assert plan.decode_seconds < case.plan(256, rates, 10**9, "x").decode_seconds
+    slow = rates_for("raspberry-pi-5-4gb", 4)
+    assert plan.decode_seconds < case.plan(100, slow, 10**9, "x").decode_seconds
+
+
+def test_what_does_not_fit_is_refused_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = OnnxDirectory.open(exported("llama3", "f32"))
+    needed = needed_bytes(directory, 200)
+    monkeypatch.setattr(onnx_plan, "memory_left", lambda threads: (needed - 1, "the test"))
+    with pytest.raises(PlanError, match="the test leaves") as raised:
+        check_fits(directory, 200)
+    assert (raised.value.needed, raised.value.available) == (needed, needed - 1)
+    assert any("--context 1" in text for text in raised.value.remedies)
+    assert any("--quant int4" in text for text in raised.value.remedies)
+    monkeypatch.setattr(onnx_plan, "memory_left", lambda threads: (needed, "the test"))
+    check_fits(directory, 200)
+
+
+def test_a_head_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="has no FlashHead"):
+        case_of(exported("llama"), "flash")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path = str(exported("gemma3", "int4", "lowrank"))
+    done = command("plan", path, "--context", 100, "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert (plan["kv"], plan["head"], plan["context"]) == ("f32", "flash", 100)
+    assert plan["needed"] == needed_bytes(OnnxDirectory.open(path), 100)
+    refused = command("plan", path, "--memory", "60MB", "--head", "dense")
+    assert refused.returncode == 1
+    assert "weights, packed" in refused.stdout
+    assert "it does not fit; what would help:" in refused.stdout
+    wrong = command("plan", path, "--context", 257)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "context must be 2 to 256" in wrong.stderr
+    wrong = command("plan", path, "--kv", "q8")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "float32" in wrong.stderr
+
+
+def test_info() -> None:
+    path = exported("gemma3", "int4", "lowrank")
+    facts = json.loads(command("info", path, "--json").stdout)
+    model = onnx.load(path / "model.onnx", load_external_data=False)
+    assert facts["operators"]["com.microsoft.GroupQueryAttention"] == facts["layers"] == 7
+    branches = [a.g for n in model.graph.node for a in n.attribute if a.HasField("g")]
+    assert sum(facts["operators"].values()) == len(model.graph.node) + sum(len(b.node) for b in branches)
+    assert facts["weight_bytes"] == (path / "model.onnx.data").stat().st_size
+    assert facts["flash_bytes_per_token"] > 0
+    shown = command("info", path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "lowrank, scores 5 tokens, 50.00% of the dense head's tokens" in shown.stdout
+    assert "FlashHead" not in command("info", exported("lfm2")).stdout
+
+
+_CHILD = """
+import sys
+import edgert
+with edgert.load(sys.argv[1], context=300, threads=1, head="dense") as model:
+    with model.session() as session:
+        print(session.generate(list(range(1000, 1252)), max_tokens=48, stop_at_eos=False).stats.peak_memory)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+def test_the_peak_is_what_the_plan_says(name: str, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    done = command("export", real_model(name), "--format", "onnx", "-o", target)
+    assert done.returncode == 0, done.stderr
+    run = subprocess.run([sys.executable, "-c", _CHILD, target], capture_output=True, text=True, check=True)
+    peak = int(run.stdout)
+    planned = needed_bytes(OnnxDirectory.open(target), 300, 1, "dense")
+    assert abs(planned - peak) <= 0.03 * peak + 8 * MB
