@@ -73,9 +73,9 @@ const std::vector<float>& SlotStore::append(const SlotArrays& from, uint32_t fir
 
 void SlotStore::append_piece(const SlotArrays& from, uint32_t first, uint32_t n, const float* queries, uint32_t rows) {
   const uint32_t start = cache_.length(), length = start + n, hd = spec_.head_dim;
-  const bool step = n == 1;  // then a tier chooses anew what it keeps in memory, by what was voted so far
   cache_.reserve(length);
-  cache_.begin(length, step);
+  // Never as a step: a tier would bring the pages that are worth most to memory, and those are in slots already.
+  cache_.begin(length, false);
   const uint32_t blocks = cache_.blocks_at(length), pages = blocks * kBlockPages;
   const size_t of_row = spec_.layers.size() * size_t(spec_.n_heads) * hd;
   queries_.resize(rows * of_row);
@@ -100,7 +100,7 @@ void SlotStore::append_piece(const SlotArrays& from, uint32_t first, uint32_t n,
   });
   // In the order of rows and heads, whoever computed them.
   for (size_t i = 0; blocks && i < size_t(rows) * heads_; ++i) add_shares(weight_.data() + i * pages, pages, votes_.data());
-  cache_.end(length, step, blocks, votes_.data(), rows ? 1 : 0, pages);
+  cache_.end(length, false, blocks, votes_.data(), rows ? 1 : 0, pages);
 }
 
 // What the token at `position` gives to the best token of each page, by head of all layers.
