@@ -102,9 +102,8 @@ def table(rows: list[OnnxRow], machine: str) -> str:
         f"# What `edgert plan` says of ONNX exports beside what runs take: {machine}",
         "",
         f"`python -m edgert.bench.plan_check_onnx`, ONNX Runtime {rows[0].version} on the CPU. Peak resident "
-        f"memory of a process that loads, reads a prompt and generates {GENERATED} tokens; time of a "
-        f"token in {ROUNDS} more generations, predicted from memory's speed around each; the shortest time of a "
-        "prompt.",
+        f"memory of a process that loads, reads a prompt and generates {GENERATED} tokens; time of a token in"
+        f" {ROUNDS} more generations, predicted from memory's speed around each; shortest time of a prompt.",
         "",
         *verdict(rows, "token", DECODE_MEDIAN),
         f"- time of a prompt: off by {statistics.median(prompts):.1%} at the median, {max(prompts):.1%} at "

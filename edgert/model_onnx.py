@@ -14,6 +14,7 @@ from .errors import UsageError
 from .memory_left import resident_bytes
 from .model import Model
 from .onnx_directory import OnnxDirectory
+from .onnx_plan import check_fits
 from .placement import check_memory, make_tier
 from .planner import check_context
 from .tier import Tier
@@ -24,7 +25,14 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "kv": ("f16", "its keys and values are float32"),
     "probes": (0, "what its FlashHead scores was fixed when it was exported"),
     "heads": ("none", "its heads all see the same"),
+    "attention": ("full", "plans of exports are of full attention"),
+    "budget": (0, "plans of exports are of full attention"),
+    "memory": (None, "with full attention its keys and values all lie in memory"),
+    "page_directory": (None, "with full attention its keys and values all lie in memory"),
+    "page_limit": (None, "with full attention its keys and values all lie in memory"),
 }
+# Those that go with sparse attention.
+_SPARSE = frozenset(("attention", "budget", "memory", "page_directory", "page_limit"))
 
 
 def load_export(
@@ -37,7 +45,8 @@ def load_export(
     others: Mapping[str, Any],
 ) -> Model:
     """What :func:`edgert.load` does for a directory; ``others`` are its arguments that are for .gguf files
-    alone. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError."""
+    alone. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError,
+    before anything is allocated, when a session of ``context`` does not fit the memory there is."""
     if engine not in ("auto", "onnx"):
         raise UsageError(
             f"{path} is an ONNX export, which engine={engine!r} does not run: use engine='onnx', or give the "
@@ -45,10 +54,7 @@ def load_export(
         )
     check_provider(provider)
     slots = _slots(path, provider, others)
-    for name, given in others.items():
-        default, why = _FIXED.get(name, (given, ""))
-        if given != default:
-            raise UsageError(f"{name}={given!r} is not for {path}, an ONNX export: {why}; drop it")
+    refuse_options(path, {name: given for name, given in others.items() if not slots or name not in _SPARSE})
     directory = OnnxDirectory.open(path)
     if head in ("flash", "exact") and directory.flash_head is None:
         raise UsageError(
@@ -57,11 +63,13 @@ def load_export(
         )
     check_context(context, directory.spec.context_length)
     context = context or directory.context
+    if head == "auto":
+        head = "flash" if directory.flash_head else "dense"
+    if provider == "cpu":  # nobody has measured what another takes
+        check_fits(directory, context, threads, head)
     loaded = OnnxEngine(directory, provider, threads, slots)
     if slots:
         loaded.tier = _tier(loaded, context, others)
-    if head == "auto":
-        head = "flash" if directory.flash_head else "dense"
     return Model(
         loaded,
         Tokenizer.from_gguf(directory.metadata),
@@ -88,12 +96,6 @@ def _slots(path: Path, provider: str, others: Mapping[str, Any]) -> int:
             ".gguf file it was made of"
         )
     if not budget:
-        for name in ("memory", "page_directory", "page_limit"):
-            if others[name] is not None:
-                raise UsageError(
-                    f"{name} is not for full attention on {path}, an ONNX export, whose keys and values all "
-                    "lie in memory: drop it or use attention='sparse'"
-                )
         return 0
     if provider != "cpu":
         raise UsageError(
@@ -113,3 +115,11 @@ def _tier(engine: OnnxEngine, context: int, others: Mapping[str, Any]) -> Tier:
     if memory is not None:
         pages = pages_in_memory(engine.spec, context, engine.slots, memory - resident_bytes())
     return make_tier(pages, others["page_directory"], others["page_limit"])
+
+
+def refuse_options(path: Path, others: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option of .gguf files that was changed from its default."""
+    for name, given in others.items():
+        default, why = _FIXED[name]
+        if given != default:
+            raise UsageError(f"{name}={given!r} is not for {path}, an ONNX export: {why}; drop it")

@@ -6,9 +6,10 @@ other execution providers nothing was measured.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import PlanError, UsageError
 from .memory_left import memory_left
@@ -109,11 +110,23 @@ class OnnxCase:
 
 
 def plan_export(
-    path: Path, context: int | None, platform: str | None, memory: int | None, threads: int, head: str
+    path: Path,
+    context: int | None,
+    platform: str | None,
+    memory: int | None,
+    threads: int,
+    head: str,
+    others: Mapping[str, Any],
 ) -> Plan:
-    """:func:`edgert.plan` for a directory."""
+    """:func:`edgert.plan` for a directory; ``others`` are its arguments that are for .gguf files alone."""
+    from .heads import check_head
+    from .model_onnx import refuse_options
+    from .placement import check_memory
     from .rates import rates_for
 
+    check_head(head, 0)
+    check_memory(memory, "onnx")
+    refuse_options(path, others)
     directory = OnnxDirectory.open(path)
     check_context(context, directory.spec.context_length)
     rates = rates_for(platform, threads)

@@ -152,7 +152,8 @@ def plan(
     if export := onnx_export(model):
         from .onnx_plan import plan_export
 
-        return plan_export(export, context, platform, memory, threads, head)
+        others = {"kv": kv, "probes": probes, "attention": attention, "budget": budget, "heads": heads}
+        return plan_export(export, context, platform, memory, threads, head, others)
     check_options("native", threads, kv)
     check_memory(memory, "native")
     chosen = choose_budget(attention, budget, "native")

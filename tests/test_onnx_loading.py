@@ -17,7 +17,7 @@ from tiny_models import prompt, tiny
 import edgert
 from edgert.engines import onnx_providers
 from edgert.engines.onnx_providers import load_graph, load_runtime
-from edgert.errors import EngineError, ModelFileError, UsageError
+from edgert.errors import EngineError, ModelFileError, PlanError, UsageError
 
 
 def test_a_directory_is_run_by_the_onnx_engine() -> None:
@@ -48,9 +48,9 @@ def test_a_directory_is_run_by_the_onnx_engine() -> None:
         ({"attention": "exact"}, "attention='exact' is not for"),
         ({"budget": 8}, "a budget is for sparse"),
         ({"heads": "sidecar"}, "heads='sidecar' is not for"),
-        ({"memory": 10**9}, "memory is not for full attention"),
-        ({"page_directory": "x"}, "page_directory is not for full attention"),
-        ({"page_limit": 5}, "page_limit is not for full attention"),
+        ({"memory": 10**9}, "memory=1000000000 is not for .*full attention"),
+        ({"page_directory": "x"}, "page_directory='x' is not for"),
+        ({"page_limit": 5}, "page_limit=5 is not for"),
         ({"attention": "sparse", "budget": 8}, "at least 528, not 8"),
         (
             {"head": "flash"},
@@ -85,6 +85,13 @@ def test_a_directory_is_looked_into_before_onnx_runtime_does(
         edgert.load(tmp_path)
 
 
+def test_what_does_not_fit_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgert.onnx_plan.memory_left", lambda threads: (40_000_000, "this machine"))
+    monkeypatch.setattr(onnx_providers, "load_graph", None)
+    with pytest.raises(PlanError, match=r"with a context of 200 tokens needs .* of memory and this machine"):
+        edgert.load(exported("llama"), context=200)
+
+
 def test_a_missing_onnxruntime_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineError, match=r"onnxruntime, which is missing; pip install 'edgert\[onnx\]'"):
@@ -100,8 +107,11 @@ def test_a_provider_that_is_missing_is_no_fall_to_the_processor(provider: str) -
 @pytest.mark.parametrize(
     ("release", "remedy"),
     [
-        ("36", r"JetPack 6 \(L4T 36.4.7\).*--index-url https://pypi.jetson-ai-lab.io/jp6/cu126"),
-        ("35", r"L4T 35.4.7\).* for JetPack 5 .*not that of PyPI"),
+        (
+            "36",
+            r"JetPack 6 \(L4T 36.4.7\).*not that of PyPI: look in https://pypi.jetson-ai-lab.io/jp6/cu126",
+        ),
+        ("35", r"JetPack 5 \(L4T 35.4.7\).*not that of PyPI"),
         ("38", r"JetPack 7 "),
     ],
 )
@@ -109,6 +119,18 @@ def test_on_a_jetson_the_wheel_is_another_one(tmp_path: Path, release: str, reme
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text(f"# R{release} (release), REVISION: 4.7, GCID: 1\n")
     assert re.search(remedy, onnx_providers._remedy("cuda", tmp_path))
+
+
+def test_an_onnxruntime_that_computes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = FakeRuntime([], [])
+    for version, refused in (("1.23.2", True), ("0.99", True), ("1.24.0", False), ("2.0.0rc1", False)):
+        old.__version__ = version
+        monkeypatch.setitem(sys.modules, "onnxruntime", old)
+        if refused:
+            with pytest.raises(EngineError, match=rf"onnxruntime {version} is too old.*1\.24 or newer"):
+                onnx_providers.load_runtime("cpu")
+        else:
+            assert onnx_providers.load_runtime("cpu") is old
 
 
 class FakeRuntime:

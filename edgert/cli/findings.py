@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from edgert.download import size_text
+from edgert.engines.onnx_providers import OLDEST, too_old
 from edgert.machine import Measured, in_mode_if_known
 from edgert.platforms.board import Mode
 from edgert.platforms.detect import Machine
@@ -19,7 +19,6 @@ FAR_BELOW = 0.6  # of what a board should give; its figures are no closer than t
 SWAPPED = 64 << 20  # less is what systems put aside anyway
 Q4_0_BYTES = 18 / 32  # a weight
 ONNX_PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # distributions of one and the same module
-OLDEST_ONNX = (1, 24)  # the one before computes the graphs that edgert exports wrongly
 
 
 @dataclass(frozen=True)
@@ -219,14 +218,15 @@ def _engines(e: Examined) -> Iterator[str]:
 def _onnxruntime(found: OnnxRuntime, l4t: str | None) -> Iterator[str]:
     if len(found.packages) > 1:
         yield (
-            f"{' and '.join(found.packages)} are both installed and overwrite each other's files, so that the "
-            f"GPU may be missing or nothing load: pip uninstall {' '.join(found.packages)}, then install one."
+            f"{' and '.join(found.packages)} are both installed and overwrite each other's files, so that "
+            "the GPU may be missing or nothing load: "
+            f"pip uninstall {' '.join(found.packages)}, then install one."
         )
     for name, version in found.packages.items():
-        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_ONNX:
+        if too_old(version):
             yield (
-                f"{name} {version} is too old: it computes edgert's exports wrongly. Install "
-                f"{'.'.join(map(str, OLDEST_ONNX))} or newer, which needs Python 3.11 or newer."
+                f"{name} {version} is too old, it gives wrong logits where a model has sliding windows: "
+                f"install {'.'.join(map(str, OLDEST))} or newer, which needs Python 3.11 or newer."
             )
     if l4t and len(found.providers) == 1:
         yield (

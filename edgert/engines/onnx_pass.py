@@ -45,6 +45,7 @@ class Pass:
     ) -> None:
         self._session, self._runtime = session, runtime
         self._binding = session.io_binding()
+        self._arrays: list[npt.NDArray[Any]] = []
         self._ids = self._input("input_ids", np.zeros((1, length), np.int64))
         self._positions = self._input("positions", np.zeros((1, length), np.int64))
         self._more = self._input("more_states", np.zeros((1, more, dim), np.float32))
@@ -66,6 +67,7 @@ class Pass:
         self._chosen = self._output("flash_ids", np.empty((1, n, scored), np.int64)) if flash else None
 
     def _value(self, array: npt.NDArray[Any]) -> Any:
+        self._arrays.append(array)  # before 1.24 a value did not keep the memory that it shares
         return self._runtime.OrtValue.ortvalue_from_numpy(array)
 
     def _input(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
