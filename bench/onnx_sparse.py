@@ -97,8 +97,8 @@ class Bench:
         found.copied += sparse.copied_bytes - before
 
 
-def report(engine: OnnxEngine, name: str, lengths: Sequence[Length]) -> str:
-    spec, slots = engine.spec, engine.slots
+def table(engine: OnnxEngine, lengths: Sequence[Length]) -> str:
+    spec = engine.spec
     layers = [layer for layer in spec.layers if layer.kind == "attention" and not layer.window]
     row = 2 * 4 * spec.head_dim * sum(layer.n_kv_heads for layer in layers)
     rows = []
@@ -108,7 +108,7 @@ def report(engine: OnnxEngine, name: str, lengths: Sequence[Length]) -> str:
             [
                 f"{length.tokens:,}",
                 f"{row * length.tokens / 1e6:.1f} MB",
-                f"{row * min(slots, length.tokens) / 1e6:.1f} MB",
+                f"{row * min(engine.slots, length.tokens) / 1e6:.1f} MB",
                 f"{length.copied / length.steps / 1e6:.2f} MB",
                 f"{1e3 * full:.2f} ms",
                 f"{1e3 * sparse:.2f} ms",
@@ -119,19 +119,22 @@ def report(engine: OnnxEngine, name: str, lengths: Sequence[Length]) -> str:
                 f"{text.perplexity_ratio - 1:+.2%}",
             ]
         )
-    table = "\n".join("| " + " | ".join(line) + " |" for line in (HEADINGS, ["---:"] * len(HEADINGS), *rows))
-    first, last = (median(length.sparse) for length in (lengths[0], lengths[-1]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (HEADINGS, ["---:"] * len(HEADINGS), *rows))
+
+
+def report(engine: OnnxEngine, name: str, lengths: Sequence[Length]) -> str:
     described = engine.describe()
+    growth = median(lengths[-1].sparse) / median(lengths[0].sparse)
     return (
         "# Sparse keys and values on ONNX Runtime\n\n"
-        f"`python -m edgert.bench.onnx_sparse`: {name}, {described['quant']}, {slots:,} slots, ONNX Runtime "
-        f"{described['version']}, {described['provider']}, {described['threads']} threads. "
+        f"`python -m edgert.bench.onnx_sparse`: {name}, {described['quant']}, {engine.slots:,} slots, ONNX "
+        f"Runtime {described['version']}, {described['provider']}, {described['threads']} threads. "
         f"{machine()['cpu']}, edgert build {build()}.\n\n"
         "Against the same graph with slots for all tokens, step by step. Times are medians of the last "
         f"{TIMED} steps of each document, which took turns; KL is of all slots' probabilities from those "
         "here, in nats, with its standard error.\n\n"
-        f"{table}\n\n"
-        f"A sparse step after {lengths[-1].tokens:,} tokens takes {last / first:.2f} times as long as after "
+        f"{table(engine, lengths)}\n\n"
+        f"A sparse step after {lengths[-1].tokens:,} tokens takes {growth:.2f} times as long as after "
         f"{lengths[0].tokens:,}.\n"
     )
 
@@ -155,6 +158,7 @@ def main() -> int:
         bench = Bench(model.engine, args.positions)
         for document in make_documents(model.tokenizer, counts[-1])[: args.documents]:
             bench.measure(document, lengths)
+            print(table(model.engine, lengths), file=sys.stderr)
         text = report(model.engine, args.directory.name, lengths)
     if args.output:
         write_whole(args.output, [text.encode()])

@@ -57,7 +57,13 @@ class OnnxEngine:
         self.directory, self.spec, self.provider = directory, directory.spec, provider
         self.threads, self.slots, self.tier = threads or detect_threads(), slots, tier
         self._step_bytes = bytes_of_a_step(preflight(directory).graph, directory)
-        self._loaded: Loaded | None = load_graph(directory.graph, provider, self.threads)
+        self._loaded: Loaded | None = load_graph(
+            # Between two sparse steps the core counts votes.
+            directory.graph,
+            provider,
+            self.threads,
+            rest=slots > 0,
+        )
         self._sessions: weakref.WeakSet[OnnxSession] = weakref.WeakSet()
 
     @property
