@@ -13,8 +13,8 @@ is read here first, by a reader that knows what edgert's exporter writes and ref
 That tells a damaged copy and a foreign graph. It does not tell who made the directory: somebody who writes
 all of its files can have a graph of these operators compute anything, and take any memory for it.
 
-Hashes are computed at every load and not remembered: ONNX Runtime reads the same bytes next, from the system's
-cache then, and a note of an earlier check would be one more thing that can be wrong.
+Hashes are computed at every load and not remembered: ONNX Runtime reads the same bytes next, from the
+system's cache then, and a note of an earlier check would be one more thing that can be wrong.
 """
 
 from __future__ import annotations
