@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _GRAPH_LIMIT = 8 << 20  # bytes; a model of 30 layers has 120,000
 _NODES, _NODES_A_LAYER = 256, 64  # the most there may be; a layer of Gemma 3 has 25
 _FLASH_TENSORS = 20
-_MOST_EXTRA = 4096  # rows that a FlashHead may have beyond twice the vocabulary, and columns at least
+_MOST_EXTRA = 4096  # rows that a part of a FlashHead may have beyond twice the vocabulary
 
 
 def preflight(directory: OnnxDirectory) -> Model:
@@ -198,17 +198,12 @@ def _check_external(directory: OnnxDirectory, tensor: Tensor, size: int) -> None
 
 
 def _check_flash(directory: OnnxDirectory, tensor: Tensor, count: int) -> None:
-    """Their sizes are the sidecar's, of which a spec knows no more than bounds."""
-    rows = 2 * directory.spec.vocab_size + _MOST_EXTRA
-    columns = max(directory.spec.dim, _MOST_EXTRA)
-    if (
-        count > _FLASH_TENSORS
-        or max(tensor.dims[:1], default=0) > rows
-        or math.prod(tensor.dims[1:]) > columns
-    ):
+    """Their sizes are the sidecar's, of which a spec knows no more than a bound."""
+    most = (2 * directory.spec.vocab_size + _MOST_EXTRA) * directory.spec.dim
+    if count > _FLASH_TENSORS or math.prod(tensor.dims) > most:
         raise _Foreign(
-            f"initializer {_cut(tensor.name)}: expected at most {_FLASH_TENSORS} of at most {rows} rows "
-            f"of {columns}, found number {count} of shape {_cut(tensor.dims)}"
+            f"initializer {_cut(tensor.name)}: expected at most {_FLASH_TENSORS} of at most {most} values, "
+            f"found number {count} of shape {_cut(tensor.dims)}"
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .engines.onnx import CHUNK, bytes_of_a_step
-from .onnx_memory import BLOCK_BYTES, count_nodes, kv_bytes, slots_in_use
+from .onnx_memory import BLOCK_BYTES, all_nodes, kv_bytes, slots_in_use
 from .plan_time import OVERLAP, Step
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def decode_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
         _product(case, "body", body, rates, 1),
         Step("attention", attention, read, "arithmetic"),
         _product(case, "head", dense if case.head == "dense" else flash, rates, 1),
-        Step("fixed", NODE * count_nodes(case.graph), 0, "fixed"),
+        Step("fixed", NODE * _count(case), 0, "fixed"),
     ]
     if case.head == "dense":
         return tuple(steps)
@@ -56,9 +56,13 @@ def prefill_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]
     return (
         Step("body", one.seconds * passes, round(one.bytes * passes), one.limit),
         Step("attention", pairs / (PROMPT_ATTENTION * rates.fp32), 0, "arithmetic"),
-        Step("fixed", NODE * count_nodes(case.graph) * passes, 0, "fixed"),
+        Step("fixed", NODE * _count(case) * passes, 0, "fixed"),
         _product(case, "head", dense, rates, 1),
     )
+
+
+def _count(case: OnnxCase) -> int:
+    return sum(1 for _ in all_nodes(case.graph))
 
 
 def _product(case: OnnxCase, name: str, stored: int, rates: Rates, tokens: int) -> Step:

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from onnx import TensorProto, helper
 from onnx_directories import change_about, change_graph, exported, seal
 from tiny_models import NAMES, tiny
 
-from edgert import onnx_wire
+from edgert import onnx_preflight, onnx_wire
 from edgert.errors import EdgertError, ModelFileError, UnsupportedModelError
 from edgert.onnx_directory import OnnxDirectory
 from edgert.onnx_preflight import check_graph, preflight
@@ -261,10 +262,6 @@ FOREIGN: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "an overflowing size": (lambda m: _dims(m, "output_norm.weight", 2**33, 2**33), "found type and shape"),
     "a weight more": (_weight("more", [4], 16), "llama models have none of this name"),
     "a weight twice": (_weight("output_norm.weight", [96], 384), "there are two"),
-    "a huge part of the FlashHead": (
-        _weight("flash.x", [6000], 24000),
-        "expected at most 20 of at most 4698 rows",
-    ),
     "many parts of the FlashHead": (
         lambda m: [_weight(f"flash.{i}", [4], 16)(m) for i in range(20)],
         "expected at most 20 .* found number 21",
@@ -293,6 +290,16 @@ def test_a_foreign_graph_is_refused(spoilt: Path, name: str) -> None:
     with pytest.raises((UnsupportedModelError, ModelFileError), match=text) as raised:
         preflight(OnnxDirectory.open(spoilt))
     assert str(spoilt / "model.onnx") in str(raised.value)
+
+
+def test_a_part_of_a_flash_head_has_bounds() -> None:
+    """Those of a file as large as the tiny ones cannot be met."""
+    directory = OnnxDirectory.open(exported("llama", "int4", "lowrank"))
+    most = (2 * 301 + 4096) * 96
+    for count, values, fine in ((1, most, True), (1, most + 1, False), (20, 4, True), (21, 4, False)):
+        tensor = onnx_wire.Tensor("flash.x", 1, (values,), 0, {})
+        with nullcontext() if fine else pytest.raises(ValueError, match=f"number {count} of shape"):
+            onnx_preflight._check_flash(directory, tensor, count)
 
 
 @cache
