@@ -8,8 +8,8 @@ with version 1.32 (``python -m edgert.bench.plan_check_onnx`` holds the sums to 
   stored in. Its stored codes are then given back, its scales stay mapped.
 - Rows that are looked up (embeddings; the head's, with a FlashHead) stay mapped, and count as far as they
   were read: the system maps what lies around a row with it, and can have these pages back at any time.
-- A pass works in an arena, which keeps what it once took; after the first pass of a size it takes one piece
-  for all intermediate values of the next, beside what it has.
+- A pass works in an arena, which keeps what it once took; the second pass of a size takes one piece for all
+  of its values, beside what there is. So a text of more than one full pass takes twice as much.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 RUNTIME_BYTES = 35_000_000  # numpy, the library of ONNX Runtime and its objects, beside PYTHON_BYTES
 NODE_BYTES = 12_000  # of a session for each node of its graph
 BLOCK_BYTES = 8  # of a packed block beside its codes: scale and sum
-ACTIVATIONS = 3.0  # times the values of a layer that a pass holds at once
+ACTIVATIONS = 1.5  # times the values of a layer: what a pass takes of the arena
 ROW_BYTES = 1 << 14  # that a token of prose maps on average; most come again or lie beside others
 FLASH_ROWS = 32  # rows that a FlashHead scores map as much as one token of prose
 
@@ -120,6 +120,7 @@ def parts(
     weights = held(spec, quant or directory.quant, graph, flash)
     attention = [layer.window for layer in spec.layers if layer.kind == "attention"]
     kv_heads = max((layer.n_kv_heads for layer in spec.layers), default=0)
+    repeated = 2 if context > 2 * CHUNK else 1
     wide = 4 * spec.ffn_dim + 2 * spec.dim + (spec.n_heads + 2 * kv_heads) * spec.head_dim
     scored = 2 * LONGEST if head == "exact" else 1 + flash
     file = _native.GgufFile(str(directory.path / TOKENIZER))
@@ -133,7 +134,7 @@ def parts(
     later = [
         *cached,
         Part("convolution state", state if convolutions else 0, f"after each of the last {STATES} passes"),
-        Part("activations", round(ACTIVATIONS * 4 * wide * tokens), f"buffers of a pass of {tokens} tokens"),
+        Part("activations", round(ACTIVATIONS * repeated * 4 * wide * tokens), "buffers of a pass"),
         Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
         Part("tokenizer", tokenizer + kept, "with the metadata it is made of"),
     ]
