@@ -31,6 +31,7 @@ from .onnx_directory import ABOUT, AGAIN, DATA, read_bounded, refuse
 from .onnx_wire import WireError, read_model
 
 if TYPE_CHECKING:
+    from .models import ModelSpec
     from .onnx_directory import OnnxDirectory
     from .onnx_wire import Graph, Model, Node, Tensor, Value
 
@@ -98,10 +99,13 @@ def _check(directory: OnnxDirectory, model: Model) -> None:
     count = sum(len(part.nodes) for part in (graph, *branches))
     if count > most:
         raise _Foreign(f"expected at most {most} nodes, found {count}")
+    _check_initializers(directory, graph)
+    shapes = {tensor.name: tensor.dims for tensor in graph.initializers}
     for part in (graph, *branches):
         for node in part.nodes:
             _check_node(node)
-    _check_initializers(directory, graph)
+            if node.domain:
+                _check_contrib(spec, node, shapes)
 
 
 def _check_values(what: str, expected: Mapping[str, interface.Typed], found: tuple[Value, ...]) -> None:
@@ -137,6 +141,36 @@ def _check_node(node: Node) -> None:
         raise _Foreign(f"node {_cut(node.name)}: {name} with the attribute {_cut(min(odd))}")
     if any(branch and node.op != "If" for branch in node.attributes.values()):
         raise _Foreign(f"node {_cut(node.name)}: {name} with a graph as attribute")
+
+
+def _check_contrib(spec: ModelSpec, node: Node, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The attributes of ONNX Runtime's own operators say the sizes of what they are given."""
+    n = node.integers
+
+    def shape(i: int) -> tuple[int, ...]:
+        return shapes.get(node.inputs[i], ()) if i < len(node.inputs) else ()
+
+    if node.op == "GroupQueryAttention":
+        layers = {f"k.{i}": layer for i, layer in enumerate(spec.layers) if layer.kind == "attention"}
+        layer = layers.get(node.inputs[3] if len(node.inputs) > 3 else "")
+        sizes = (n.get("num_heads"), n.get("kv_num_heads"), n.get("local_window_size"))
+        right = layer is not None and sizes == (spec.n_heads, layer.n_kv_heads, layer.window or -1)
+    else:
+        bits, block = n.get("bits", 0), interface.BLOCK
+        rows, cols = n.get("N", 0), n.get("K", 0)
+        data, scales = shape(1), shape(2)
+        wanted: tuple[int, ...] = (rows, cols // block, block * bits // 8)
+        if node.op == "GatherBlockQuantized":
+            data = shape(0)
+            rows, cols = (scales[0], scales[1] * block) if len(scales) == 2 else (0, 0)
+            wanted = (rows, cols * bits // 8)
+        right = bits in (4, 8) and n.get("block_size") == block and cols % block == 0
+        right = right and data == wanted and scales == (rows, cols // block)
+    if not right:
+        raise _Foreign(
+            f"node {_cut(node.name)}: {node.op} with sizes {_cut(dict(n))} that do not fit its inputs "
+            f"{_cut(node.inputs)}"
+        )
 
 
 def _check_initializers(directory: OnnxDirectory, graph: Graph) -> None:

@@ -190,6 +190,14 @@ def _node(op: str, domain: str = "", **attributes: Any) -> Callable[[onnx.ModelP
     return lambda m: m.graph.node.append(node)
 
 
+def _first(m: onnx.ModelProto, op: str) -> onnx.NodeProto:
+    return next(n for n in m.graph.node if n.op_type == op)
+
+
+def _integer(m: onnx.ModelProto, op: str, name: str, value: int) -> None:
+    next(a for a in _first(m, op).attribute if a.name == name).i = value
+
+
 def _in_branch(m: onnx.ModelProto) -> None:
     branch = next(n for n in m.graph.node if n.op_type == "If").attribute[0].g
     branch.node.append(helper.make_node("Loop", [], ["x"]))
@@ -226,6 +234,39 @@ FOREIGN: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
             else_branch=helper.make_graph([], "e", [], []),
         ),
         "expected 2 branches, found 4",
+    ),
+    "heads that the model has not": (
+        lambda m: _integer(m, "GroupQueryAttention", "num_heads", 60),
+        "GroupQueryAttention with sizes .*60.* that do not fit",
+    ),
+    "another window": (
+        lambda m: _integer(m, "GroupQueryAttention", "local_window_size", 7),
+        "GroupQueryAttention with sizes",
+    ),
+    "rows that a matrix has not": (
+        lambda m: _integer(m, "MatMulNBits", "N", 10**6),
+        "MatMulNBits with sizes",
+    ),
+    "longer rows than a matrix has": (
+        lambda m: _integer(m, "MatMulNBits", "K", 9600),
+        "MatMulNBits with sizes",
+    ),
+    "other blocks": (lambda m: _integer(m, "MatMulNBits", "block_size", 256), "MatMulNBits with sizes"),
+    "other bits": (
+        lambda m: _integer(m, "GatherBlockQuantized", "bits", 8),
+        "GatherBlockQuantized with sizes",
+    ),
+    "a cache that is none": (
+        lambda m: _first(m, "GroupQueryAttention").input.__setitem__(3, "k.3"),
+        "GroupQueryAttention with sizes",
+    ),
+    "another matrix": (
+        lambda m: _first(m, "MatMulNBits").input.__setitem__(1, "output_norm.weight"),
+        "MatMulNBits with sizes",
+    ),
+    "no matrix": (
+        lambda m: _first(m, "MatMulNBits").input.__delitem__(slice(1, 9)),
+        "MatMulNBits with sizes",
     ),
     "no branches": (lambda m: m.graph.node.pop(), "expected 2 branches, found 0"),
     "many nodes": (
