@@ -475,3 +475,83 @@ class PageStore:
         """Forgets the pages from `count` on."""
 
     def stats(self) -> dict: ...
+
+class SlotStore:
+    """Keys and values behind the slots of a graph; see native/slot_store.h."""
+
+    def __init__(
+        self,
+        layers: dict[str, Any],
+        context: int,
+        threads: int,
+        slots: int = 0,
+        directory: str = "",
+        disk_bytes: int = 18446744073709551615,
+        read_delay_us: int = 0,
+    ) -> None:
+        """
+        `layers`: ModelSpec.as_dict() with those layers alone that see everything.
+        `slots`: pages in memory, the others in a file in `directory`; 0: all are.
+        """
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def indexed_pages(self) -> int:
+        """Pages with an index; those behind it are recent."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def tier(self) -> dict | None:
+        """As Cache.tier; None when all pages are in memory."""
+
+    def append(
+        self,
+        slots: Slots,
+        first: int,
+        n: int,
+        queries: Annotated[
+            NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)
+        ]
+        | None = None,
+    ) -> Annotated[NDArray[numpy.float32], dict(shape=(None,))]:
+        """
+        Appends the tokens in `n` slots from `first` on. `queries`: of the last of them, after rope, [rows,
+        layers * heads * head dim]. Returns what they give to the pages with an index, [pages]: the sum over
+        rows, layers and KV heads of the share that a page's best token gets, of all pages and of what is
+        always read.
+        """
+
+    def read(self, page: int, slots: Slots, place: int) -> None:
+        """Copies a page to the slots from 16 * `place` on."""
+
+    def move(self, slots: Slots, place: int, to: int) -> None:
+        """Copies the 16 slots of a place to another."""
+
+    def rewind(self, length: int) -> int: ...
+    def save(self) -> bytes: ...
+    def load(self, state: bytes) -> None: ...
+
+class Slots:
+    """
+    Caches of a graph, [1, KV heads, slots, head dim], by layer of a store.
+    """
+
+    def __init__(
+        self,
+        store: SlotStore,
+        keys: Sequence[
+            Annotated[NDArray[numpy.float32], dict(shape=(1, None, None, None), order="C", device="cpu")]
+        ],
+        values: Sequence[
+            Annotated[NDArray[numpy.float32], dict(shape=(1, None, None, None), order="C", device="cpu")]
+        ],
+    ) -> None:
+        """The arrays' own memory is used, and kept alive."""
+
+def slot_store_bytes(layers: dict[str, Any], length: int, pages: int) -> tuple[int, int]:
+    """
+    Bytes that a SlotStore takes at `length` tokens with `pages` pages in memory (0: all), and the
+    fewest there may be.
+    """

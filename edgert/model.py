@@ -61,16 +61,18 @@ def load(
     ``probes``: clusters that flash scores (0: the sidecar's number). ``attention``: "full", or "sparse", in
     which a decode step reads ``budget`` past tokens for each KV head (0: the default), those that a small
     index finds worth it, beside the first and the latest ones; prompts are read in full; or "exact", which
-    drafts with such steps and gives the tokens of full attention. ``heads``: what each KV head keeps and
-    reads under sparse attention: "none", all choose; "sidecar", as ``edgert heads`` found; or the path of a
-    pattern file; some heads then see the first and the latest tokens alone, in prompts too. ``memory``: the
-    most bytes the process may take with one session, whatever its context; with sparse or exact attention
-    keys and values that do not fit go to a file in ``page_directory`` (None: in edgert's cache) of at most
-    ``page_limit`` bytes (None: as many as it takes), and a step chooses among those in memory, which change
-    with what the tokens before it looked for, and with a retrieval head in the sidecar (``edgert export
-    --retrieval-head``) with what the next one is going to look for. Raises UsageError, ModelFileError,
-    UnsupportedModelError, TokenizerError or EngineError; PlanError, before anything is allocated, when the
-    model with a session of ``context`` does not fit the memory there is.
+    drafts with such steps and gives the tokens of full attention. On an ONNX export a step of sparse
+    attention sees ``budget`` tokens in all, the same pages for all heads, and there is no "exact".
+    ``heads``: what each KV head keeps and reads under sparse attention: "none", all choose; "sidecar", as
+    ``edgert heads`` found; or the path of a pattern file; some heads then see the first and the latest
+    tokens alone, in prompts too. ``memory``: the most bytes the process may take with one session, whatever
+    its context; with sparse or exact attention keys and values that do not fit go to a file in
+    ``page_directory`` (None: in edgert's cache) of at most ``page_limit`` bytes (None: as many as it takes),
+    and a step chooses among those in memory, which change with what the tokens before it looked for, and
+    with a retrieval head in the sidecar (``edgert export --retrieval-head``) with what the next one is going
+    to look for. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError;
+    PlanError, before anything is allocated, when the model with a session of ``context`` does not fit the
+    memory there is.
     """
     check_head(head, probes)
     check_options(engine, threads, kv)

@@ -6,26 +6,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .attention import choose_budget
 from .engines.onnx import OnnxEngine
 from .engines.onnx_providers import check_provider
+from .engines.onnx_sparse import check_slots, pages_in_memory
 from .errors import UsageError
+from .memory_left import resident_bytes
 from .model import Model
 from .onnx_directory import OnnxDirectory
 from .onnx_plan import check_fits
+from .placement import check_memory, make_tier
 from .planner import check_context
+from .tier import Tier
 from .tokenizer import Tokenizer
 
 # What load() takes and an export does not, with the default, and why.
 _FIXED: dict[str, tuple[Any, str]] = {
     "kv": ("f16", "its keys and values are float32"),
     "probes": (0, "what its FlashHead scores was fixed when it was exported"),
-    "attention": ("full", "its steps read all of the past"),
-    "budget": (0, "its steps read all of the past"),
-    "heads": ("none", "its steps read all of the past"),
-    "memory": (None, "its keys and values all lie in memory"),
-    "page_directory": (None, "its keys and values all lie in memory"),
-    "page_limit": (None, "its keys and values all lie in memory"),
+    "heads": ("none", "its heads all see the same"),
+    "attention": ("full", "plans of exports are of full attention"),
+    "budget": (0, "plans of exports are of full attention"),
+    "memory": (None, "with full attention its keys and values all lie in memory"),
+    "page_directory": (None, "with full attention its keys and values all lie in memory"),
+    "page_limit": (None, "with full attention its keys and values all lie in memory"),
 }
+# Those that go with sparse attention.
+_SPARSE = frozenset(("attention", "budget", "memory", "page_directory", "page_limit"))
 
 
 def load_export(
@@ -46,7 +53,8 @@ def load_export(
             ".gguf file it was made of"
         )
     check_provider(provider)
-    refuse_options(path, others)
+    slots = _slots(path, provider, others)
+    refuse_options(path, {name: given for name, given in others.items() if not slots or name not in _SPARSE})
     directory = OnnxDirectory.open(path)
     if head in ("flash", "exact") and directory.flash_head is None:
         raise UsageError(
@@ -59,7 +67,9 @@ def load_export(
         head = "flash" if directory.flash_head else "dense"
     if provider == "cpu":  # nobody has measured what another takes
         check_fits(directory, context, threads, head)
-    loaded = OnnxEngine(directory, provider, threads)
+    loaded = OnnxEngine(directory, provider, threads, slots)
+    if slots:
+        loaded.tier = _tier(loaded, context, others)
     return Model(
         loaded,
         Tokenizer.from_gguf(directory.metadata),
@@ -68,8 +78,43 @@ def load_export(
         trained_context=directory.spec.context_length,
         kv="f32",
         head=head,
+        attention=others["attention"],
+        chosen=slots,
+        memory_limit=others["memory"],
         fingerprint=directory.sha256,
     )
+
+
+def _slots(path: Path, provider: str, others: Mapping[str, Any]) -> int:
+    """Slots of the working set that steps see under sparse attention, 0: they see everything. Raises
+    UsageError."""
+    attention = others["attention"]
+    budget = choose_budget(attention, others["budget"], "onnx")
+    if attention == "exact":
+        raise UsageError(
+            f"attention='exact' is not for {path}, an ONNX export: use attention='full' or 'sparse', or the "
+            ".gguf file it was made of"
+        )
+    if not budget:
+        return 0
+    if provider != "cpu":
+        raise UsageError(
+            f"attention='sparse' on an ONNX export copies pages in this machine's memory, which provider="
+            f"{provider!r} does not compute in: use attention='full' or provider='cpu'"
+        )
+    check_slots(budget)
+    return budget
+
+
+def _tier(engine: OnnxEngine, context: int, others: Mapping[str, Any]) -> Tier:
+    """Where the keys and values behind the slots of a session lie. Raises PlanError when ``memory`` is too
+    small for it, beside what the process holds now."""
+    memory = others["memory"]
+    check_memory(memory, "onnx")
+    pages = 0
+    if memory is not None:
+        pages = pages_in_memory(engine.spec, context, engine.slots, memory - resident_bytes())
+    return make_tier(pages, others["page_directory"], others["page_limit"])
 
 
 def refuse_options(path: Path, others: Mapping[str, Any]) -> None:

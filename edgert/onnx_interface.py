@@ -96,6 +96,9 @@ def graph_outputs(spec: ModelSpec, tokens: int) -> dict[str, Typed]:
         "logits": (FLOAT, (1, "dense_rows" if tokens else "S", spec.vocab_size)),
         **caches(spec, "_out"),
     }
+    full = sum(layer.kind == "attention" and not layer.window for layer in spec.layers)
+    if full:
+        found["queries"] = FLOAT, (1, "R", full * spec.n_heads * spec.head_dim)
     if tokens:
         found["flash_ids"] = INT64, (1, "flash_rows", tokens)
         found["flash_logits"] = FLOAT, (1, "flash_rows", tokens)

@@ -39,6 +39,8 @@ def write_genai(
         copies = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in kept]
         del old[:]
         old.extend(copies)
+    for node in [n for n in model.graph.node if n.name.split(".")[0] == "queries"]:
+        model.graph.node.remove(node)
     for output in model.graph.output:
         if output.name == "logits":
             # By this 1 it knows that the logits are those of the last token alone.

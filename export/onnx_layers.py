@@ -27,6 +27,7 @@ def add_body(g: Graph, w: Weights, spec: ModelSpec, embedded: str) -> str:
         if spec.post_norms:
             h = norm(g, w, spec, h, p + "post_ffw_norm.weight")
         x = g.node("Add", x, h)
+    attention.output_queries()
     return x
 
 
@@ -69,6 +70,7 @@ class Attention:
         self._g, self._w, self._spec = g, w, spec
         self._positions = g.node("Cast", "positions", to=11, name="positions_f64")
         self._angles: dict[tuple[float, float], tuple[str, str]] = {}
+        self._queries: list[str] = []
         length = g.node("Cast", g.node("Shape", "positions", start=1, end=2), to=6)
         first = g.node("Cast", g.node("Gather", "positions", g.constant(np.array(0)), axis=1), to=6)
         filled = g.input("filled", "int32", (1,))
@@ -98,6 +100,8 @@ class Attention:
             q = self._head_norm(q, spec.n_heads, p + "attn_q_norm.weight")
             k = self._head_norm(k, layer.n_kv_heads, p + "attn_k_norm.weight")
         q, k = self._rotated(layer, q, spec.n_heads), self._rotated(layer, k, layer.n_kv_heads)
+        if not layer.window:
+            self._queries.append(g.node("Gather", q, "rows", axis=1, name=f"queries.{i}"))
         slots = "window_slots" if layer.window else "slots"
         for c in "kv":
             shape = (1, layer.n_kv_heads, slots, spec.head_dim)
@@ -115,6 +119,13 @@ class Attention:
             local_window_size=layer.window or -1,
         )
         return w.product(out, w.matrix([p + "attn_output.weight"]), (1, "T"))
+
+    def output_queries(self) -> None:
+        """The output with the queries of all layers that see everything, if there are any."""
+        if self._queries:
+            width = len(self._queries) * self._spec.n_heads * self._spec.head_dim
+            self._g.node("Concat", *self._queries, axis=2, name="queries")
+            self._g.output("queries", "float32", (1, "R", width))
 
     def _head_norm(self, x: str, heads: int, name: str) -> str:
         g, dim = self._g, self._spec.head_dim

@@ -20,6 +20,9 @@ Outputs:
 
     logits        float32 [1, R + E, vocab]    by the dense head; [1, 0, vocab] where ``flash`` is true
     hidden        float32 [1, R, dim]          final states of ``rows``, normalised: what the heads see
+    queries       float32 [1, R, layers * heads * head dim]   rotated queries of ``rows``, of the layers that
+                                               see everything in their order; only in graphs with such
+                                               layers
     flash_ids     int64   [1, R + E, N]        the tokens that the FlashHead scored, each once; [1, 0, N]
                                                where ``flash`` is false
     flash_logits  float32 [1, R + E, N]        their logits; -inf, with id 0, where a cluster has fewer tokens

@@ -142,6 +142,7 @@ struct Kernels {
   void (*gate_gelu)(const float* gate, const float* up, uint32_t n, float* y);  // gelu_tanh(gate) * up
   KvKernels kv[2];          // by KvType
   RecordKernels records[2];  // by KvType
+  void (*from_half)(const uint8_t* halves, uint32_t n, float* out);  // n floats, a multiple of 16
   void (*scan)(const Scan& s);
   // The places of the `count` largest of n values, in order; of equals the first. There are as many
   // that are not kNever.

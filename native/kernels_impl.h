@@ -310,5 +310,5 @@ constexpr RecordKernels kRecordKernels = {R::append, attend_records<R>, R::to_pa
 constexpr Kernels make_kernels(Isa isa) {
   return {isa, L,         matmul,    matmul_float, quantize,
           rmsnorm, add,   gate_silu, gate_gelu,    {kKvKernels<F16Pages>, kKvKernels<Q8Pages>},
-          {kRecordKernels<F16Records>, kRecordKernels<Q8Records>}, scan, pick, merge};
+          {kRecordKernels<F16Records>, kRecordKernels<Q8Records>}, from_half, scan, pick, merge};
 }

@@ -59,6 +59,10 @@ struct F16Records {
   }
 };
 
+void from_half(const uint8_t* halves, uint32_t n, float* out) {
+  for (uint32_t i = 0; i < n; i += L) vf_store(out + i, vf_from_f16(halves + 2 * i));
+}
+
 // The scales come first: a vector of them is read at once, which must not end behind the record.
 struct Q8Records {
   static constexpr KvType kType = KvType::Q8;

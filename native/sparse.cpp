@@ -8,7 +8,6 @@ namespace {
 
 constexpr uint32_t kStretch = 128;       // tokens of a part,
 constexpr uint32_t kShortStretch = 32;   // or of one of few
-constexpr uint32_t kLevelTokens = 16;    // first and last tokens that stand for what is always read
 constexpr uint32_t kMaxGroup = KvCache::kMaxGroup;
 
 // What worth is the logarithm of.
@@ -25,6 +24,26 @@ const TokenWeights kWeights;
 void page_weights(const int8_t* worth, float* pages) {
   for (uint32_t p = 0; p < kBlockPages; ++p)
     pages[p] = kWeights.of[*std::max_element(worth + p * kPageTokens, worth + (p + 1) * kPageTokens) + 128];
+}
+
+// Where the weights of all other tokens are small, they are small against what the first and the last get.
+void measure_level(const Kernels& k, const KvCache& cache, uint32_t layer, uint32_t head, uint32_t end, const float* const* queries,
+                   uint32_t group, uint32_t head_dim, float* scores, float* tmp, float* level) {
+  const uint8_t* records[2 * kLevelTokens];
+  for (uint32_t i = 0; i < kLevelTokens; ++i) {
+    records[i] = cache.record(layer, head, i);
+    records[kLevelTokens + i] = cache.record(layer, head, end - 1 - i);
+  }
+  float *acc[kMaxGroup], max[kMaxGroup], sum[kMaxGroup];
+  for (uint32_t g = 0; g < group; ++g) acc[g] = tmp + size_t(g) * head_dim;
+  k.records[size_t(cache.type())].attend({queries, records, 2 * kLevelTokens, group, head_dim, scores, acc, max, sum});
+  for (uint32_t g = 0; g < group; ++g) level[g] = max[g] + std::log2(sum[g]);
+}
+
+void add_shares(const float* weight, uint32_t pages, float* worth) {
+  float sum = 1;
+  for (uint32_t p = 0; p < pages; ++p) sum += weight[p];
+  for (uint32_t p = 0; p < pages; ++p) worth[p] += weight[p] / sum;
 }
 
 SparseCut::SparseCut(const KvCache& cache, uint32_t position) {
@@ -74,19 +93,9 @@ void SparseStep::attend_part(uint32_t layer, uint32_t head, uint32_t part) {
   for (uint32_t g = 0; g < group; ++g) acc[g][hd] = max[g], acc[g][hd + 1] = sum[g];
 }
 
-// The logarithm of what a query gives to the first and the last tokens together: what the queries of a
-// group are compared by. Where the weights of all other tokens are small, they are small against this.
 void SparseStep::measure_level(uint32_t layer, uint32_t head) {
   const uint32_t group = s.n_heads / s.layers[layer].n_kv_heads, end = cut.recent + cut.always - cut.sinks;
-  const uint8_t* records[2 * kLevelTokens];
-  for (uint32_t i = 0; i < kLevelTokens; ++i) {
-    records[i] = cache.record(layer, head, i);
-    records[kLevelTokens + i] = cache.record(layer, head, end - 1 - i);
-  }
-  float *acc[kMaxGroup], max[kMaxGroup], sum[kMaxGroup];
-  for (uint32_t g = 0; g < group; ++g) acc[g] = me.tmp + size_t(g) * s.head_dim;
-  k.records[size_t(cache.type())].attend({query, records, 2 * kLevelTokens, group, s.head_dim, me.scores, acc, max, sum});
-  for (uint32_t g = 0; g < group; ++g) level[g] = max[g] + std::log2(sum[g]);
+  edgert::measure_level(k, cache, layer, head, end, query, group, s.head_dim, me.scores, me.tmp, level);
 }
 
 void SparseStep::pick(uint32_t head) {
@@ -107,11 +116,8 @@ void SparseStep::add_shares(uint32_t layer, uint32_t blocks) {
   const std::vector<uint32_t>& heads = cache.recorded(layer);
   for (uint32_t i = w.index(); i < heads.size(); i += w.threads()) {
     const uint32_t head = heads[i];
-    const float* weight = sc.page_weight.data() + size_t(head) * sc.page_stride;
-    float* worth = sc.page_worth.data() + size_t(head) * sc.page_stride;
-    float sum = 1;
-    for (uint32_t p = 0; p < blocks * kBlockPages; ++p) sum += weight[p];
-    for (uint32_t p = 0; p < blocks * kBlockPages; ++p) worth[p] += weight[p] / sum;
+    edgert::add_shares(sc.page_weight.data() + size_t(head) * sc.page_stride, blocks * kBlockPages,
+                       sc.page_worth.data() + size_t(head) * sc.page_stride);
   }
 }
 

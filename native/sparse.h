@@ -61,9 +61,19 @@ struct SparseStep {
   void scan(uint32_t layer, uint32_t head, uint32_t block, int8_t* worth);
   void add_shares(uint32_t layer, uint32_t blocks);
   void attend_part(uint32_t layer, uint32_t head, uint32_t part);
-  void measure_level(uint32_t layer, uint32_t head);
+  void measure_level(uint32_t layer, uint32_t head);  // of `query`
   void pick(uint32_t head);
 };
+
+// The logarithm of what each of a group's queries, [head_dim] each, gives to the first and to the last kLevelTokens of `end`
+// tokens together: what the queries of a group are compared by. `scores` and `tmp` are scratch, [16][kChunkTokens]
+// and [group][head_dim].
+inline constexpr uint32_t kLevelTokens = 16;
+void measure_level(const Kernels& k, const KvCache& cache, uint32_t layer, uint32_t head, uint32_t end, const float* const* queries,
+                   uint32_t group, uint32_t head_dim, float* scores, float* tmp, float* level);
+
+// Adds to `worth` the shares that pages have of the weights of all pages and of what is always read, which has weight 1.
+void add_shares(const float* weight, uint32_t pages, float* worth);
 
 // The weights of the best tokens of a block's pages, [kBlockPages], of what its tokens are worth (kernels.h: Scan).
 void page_weights(const int8_t* worth, float* pages);

@@ -167,6 +167,6 @@ def test_the_command(tmp_path: Path) -> None:
         failed = command("export", model, *wrong)
         assert (failed.returncode, failed.stdout) == (2, "")
         assert text in failed.stderr
-    failed = command("run", target, "Hi")
+    failed = command("heads", target)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert "is an ONNX export" in failed.stderr

@@ -131,7 +131,8 @@ def add_attention(parser: argparse._ActionsContainer) -> None:
         type=int,
         default=0,
         metavar="N",
-        help=f"tokens that sparse attention chooses for each KV head; default: {DEFAULT_BUDGET}",
+        help="tokens that sparse attention chooses for each KV head; of an ONNX export all that a step sees; "
+        f"default: {DEFAULT_BUDGET}",
     )
     add_heads(parser)
 

@@ -50,7 +50,10 @@ def bytes_per_token(model: Model, stats: Stats, planned: Plan | None = None) -> 
             spec = load_spec(file.metadata, {t.name: t.shape for t in tensors})
         except (BadModelMetadata, UnsupportedArchitecture):
             return float(weights)
-    full = kv_bytes(spec, stats.prompt_tokens + stats.generated_tokens / 2, model.kv)
+    seen = stats.prompt_tokens + stats.generated_tokens / 2
+    if model.engine.name == "onnx" and model.chosen:  # the slots of a step
+        seen = min(seen, model.chosen)
+    full = kv_bytes(spec, seen, model.kv)
     if not model.chosen or planned is None:
         return float(weights) + full
     exact = model.attention == "exact"

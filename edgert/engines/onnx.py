@@ -16,12 +16,13 @@ import numpy as np
 
 from edgert.cost import kv_bytes
 from edgert.engines.base import Ids, Logits
-from edgert.engines.onnx_caches import Slots, States
+from edgert.engines.onnx_caches import Caches, Slots, States
 from edgert.engines.onnx_pass import Outputs, Pass
 from edgert.engines.onnx_providers import Loaded, load_graph, load_runtime
 from edgert.errors import EngineError
 from edgert.onnx_preflight import preflight
 from edgert.platforms.detect import detect_threads
+from edgert.tier import IN_MEMORY, Tier
 
 if TYPE_CHECKING:
     from edgert.onnx_directory import OnnxDirectory
@@ -36,18 +37,33 @@ _FLOAT16 = 10  # TensorProto.DataType
 
 
 class OnnxEngine:
-    """The model in a directory, which is looked into first. ``threads`` 0: one for each core. Raises
+    """The model in a directory, which is looked into first. ``threads`` 0: one for each core. ``slots``: of
+    the working set of keys and values that steps see, 0: they see everything; ``tier``: where everything lies
+    then. Raises
     ModelFileError and UnsupportedModelError for a directory that is damaged or not edgert's, EngineError when
     ONNX Runtime is missing, lacks the provider or cannot load the graph."""
 
     name = "onnx"
 
-    def __init__(self, directory: OnnxDirectory, provider: str = "cpu", threads: int = 0) -> None:
+    def __init__(
+        self,
+        directory: OnnxDirectory,
+        provider: str = "cpu",
+        threads: int = 0,
+        slots: int = 0,
+        tier: Tier = IN_MEMORY,
+    ) -> None:
         self.runtime = load_runtime(provider)
         self.directory, self.spec, self.provider = directory, directory.spec, provider
-        self.threads = threads or detect_threads()
+        self.threads, self.slots, self.tier = threads or detect_threads(), slots, tier
         self._step_bytes = bytes_of_a_step(preflight(directory).graph, directory)
-        self._loaded: Loaded | None = load_graph(directory.graph, provider, self.threads)
+        self._loaded: Loaded | None = load_graph(
+            # Between two sparse steps the core counts votes.
+            directory.graph,
+            provider,
+            self.threads,
+            rest=slots > 0,
+        )
         self._sessions: weakref.WeakSet[OnnxSession] = weakref.WeakSet()
 
     @property
@@ -65,7 +81,12 @@ class OnnxEngine:
         return self.spec.context_length
 
     def session(self, context: int) -> OnnxSession:
-        session = OnnxSession(self, context)
+        if self.slots:
+            from edgert.engines.onnx_sparse_session import SparseSession
+
+            session: OnnxSession = SparseSession(self, context)
+        else:
+            session = OnnxSession(self, context)
         self._sessions.add(session)
         return session
 
@@ -100,6 +121,10 @@ class OnnxEngine:
         if self.directory.flash_head:
             described["flash_bytes_per_step"] = body + flash
             described["flash_tokens"] = self.directory.flash_head["tokens"]
+        if self.slots:
+            described["slots"], described["pages_chosen_by"] = self.slots, "votes"
+        if self.tier.slots:
+            described["pages_in_memory"], described["page_directory"] = self.tier[:2]
         return described
 
     def close(self) -> None:
@@ -143,6 +168,9 @@ class OnnxSession:
     writes to slots and states that count once it is through.
     """
 
+    _filled = -1  # slots in use before a pass; -1: one for each position
+    _queries = 0  # floats of a row of the output of queries, where a pass is to have it
+
     def __init__(self, engine: OnnxEngine, context: int) -> None:
         if not 1 <= context <= engine.context_length:
             raise EngineError(
@@ -150,14 +178,18 @@ class OnnxSession:
             )
         self._engine, self._context, self._length = engine, context, 0
         runtime, spec, device = engine.runtime, engine.spec, engine.loaded.device
-        # One more than the context: of a pass whose token does not count, see dense().
-        self._full = Slots(runtime, spec, False, context + 1, CHUNK, device)
+        self._full = self._full_caches()
         self._windows = Slots(runtime, spec, True, context + 1, CHUNK, device)
         self._states = States(runtime, spec, device)
         self._steps: dict[bool, Pass] = {}  # passes of one token, by whether the FlashHead scores it
         # What the last pass found of these very states.
         self._flash: tuple[Logits, Outputs] | None = None
         self._dense: tuple[Logits, Logits] | None = None
+
+    def _full_caches(self) -> Caches:
+        # One slot more than the context: of a pass whose token does not count, see dense().
+        engine = self._engine
+        return Slots(engine.runtime, engine.spec, False, self._context + 1, CHUNK, engine.loaded.device)
 
     @property
     def length(self) -> int:
@@ -339,7 +371,7 @@ class OnnxSession:
             self.rewind(0)
             raise
         found = self._ready(len(tokens), rows, len(more), flash).run(
-            tokens, length, self._windows.start, more
+            tokens, length, self._windows.start, more, self._filled
         )
         if keep:
             length += len(tokens)
@@ -366,9 +398,10 @@ class OnnxSession:
             flash=None if head is None else flash,
             scored=head["tokens"] if head and flash else engine.vocab_size,
             windowed=bool(self._windows.buffers),
+            queries=self._queries,
         )
-        for slots in (self._full, self._windows):
-            ready.bind(slots.buffers.items(), slots.buffers.items())
+        for buffers in (self._full.buffers, self._windows.buffers):
+            ready.bind(buffers.items(), buffers.items())
         ready.bind(reads, writes)
         if step:
             self._steps[flash] = ready

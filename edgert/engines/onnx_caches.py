@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,20 @@ class Buffer:
             self.value.update_inplace(rows)
 
 
+class Caches(Protocol):
+    """Caches of the layers that see everything: by the names of the graph's inputs, bytes of a slot of all of
+    them, and what a snapshot has of them."""
+
+    buffers: dict[str, Buffer]
+
+    @property
+    def row_bytes(self) -> int: ...
+
+    def parts(self, length: int) -> Iterator[tuple[Buffer, tuple[int, ...]]]: ...
+
+    def clear(self) -> None: ...
+
+
 class Slots:
     """Keys and values of attention layers with the same number of slots, those with a window or those
     without: float32 [1, KV heads, slots, head dim] each. Slot s has position ``start + s``. With a ``window``
@@ -76,7 +90,11 @@ class Slots:
             for i, layer in layers
             for c in "kv"
         }
-        self.row_bytes = sum(2 * 4 * layer.n_kv_heads * spec.head_dim for _, layer in layers)
+        self._row_bytes = sum(2 * 4 * layer.n_kv_heads * spec.head_dim for _, layer in layers)
+
+    @property
+    def row_bytes(self) -> int:
+        return self._row_bytes
 
     def make_room(self, length: int, new: int) -> None:
         """See to slots for ``new`` tokens after ``length`` positions: those that the window has left go."""

@@ -104,14 +104,17 @@ class Loaded:
     device: str
 
 
-def load_graph(graph: Path, provider: str, threads: int) -> Loaded:
-    """Load the graph in a file. Raises EngineError when ONNX Runtime cannot, and when ``provider`` is an
-    accelerator that did not take all heavy nodes: they would run on the processor unnoticed."""
+def load_graph(graph: Path, provider: str, threads: int, rest: bool = False) -> Loaded:
+    """Load the graph in a file. ``rest``: its threads sleep between two runs, when others have work, in place
+    of spinning. Raises EngineError when ONNX Runtime cannot, and when ``provider`` is an accelerator that did
+    not take all heavy nodes: they would run on the processor unnoticed."""
     runtime = load_runtime(provider)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if rest:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = runtime.InferenceSession(str(graph), options, providers=list(_ORDER[provider]))
     except Exception as error:  # whatever ONNX Runtime's classes derive from

@@ -24,43 +24,6 @@ using Hidden = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::c
 using Row = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Logits = nb::ndarray<nb::numpy, float>;
 
-ModelSpec to_spec(nb::dict d) {
-  const auto u32 = [&](const char* key) { return nb::cast<uint32_t>(d[key]); };
-  const auto flag = [&](const char* key) { return nb::cast<bool>(d[key]); };
-  const auto real = [](nb::handle h) { return float(nb::cast<double>(h)); };
-  ModelSpec s;
-  s.dim = u32("dim");
-  s.n_heads = u32("n_heads");
-  s.head_dim = u32("head_dim");
-  s.ffn_dim = u32("ffn_dim");
-  s.vocab_size = u32("vocab_size");
-  s.context_length = u32("context_length");
-  s.norm_eps = real(d["norm_eps"]);
-  s.rope_dims = u32("rope_dims");
-  s.rope_interleaved = nb::cast<std::string>(d["rope_style"]) == "interleaved";
-  s.gelu = nb::cast<std::string>(d["activation"]) == "gelu_tanh";
-  s.attn_scale = real(d["attn_scale"]);
-  s.embed_scale = real(d["embed_scale"]);
-  s.qk_norm = flag("qk_norm");
-  s.qkv_bias = flag("qkv_bias");
-  s.post_norms = flag("post_norms");
-  s.rope_factors = flag("rope_factors");
-  s.tied_head = flag("tied_head");
-  s.conv_kernel = u32("conv_kernel");
-  s.output_norm = nb::cast<std::string>(d["output_norm"]);
-  for (nb::handle h : nb::cast<nb::list>(d["layers"])) {
-    const nb::dict l = nb::cast<nb::dict>(h);
-    LayerSpec layer;
-    layer.conv = nb::cast<std::string>(l["kind"]) == "conv";
-    layer.n_kv_heads = nb::cast<uint32_t>(l["n_kv_heads"]);
-    layer.window = nb::cast<uint32_t>(l["window"]);
-    layer.rope_base = real(l["rope_base"]);
-    layer.rope_scale = real(l["rope_scale"]);
-    s.layers.push_back(layer);
-  }
-  return s;
-}
-
 Logits to_array(std::unique_ptr<float[]> data, std::initializer_list<size_t> shape) {
   float* p = data.release();
   nb::capsule owner(p, [](void* q) noexcept { delete[] static_cast<float*>(q); });
@@ -200,6 +163,54 @@ Selection to_selection(uint32_t budget, const Heads& heads) {
 
 }  // namespace
 
+ModelSpec to_spec(nb::dict d) {
+  const auto u32 = [&](const char* key) { return nb::cast<uint32_t>(d[key]); };
+  const auto flag = [&](const char* key) { return nb::cast<bool>(d[key]); };
+  const auto real = [](nb::handle h) { return float(nb::cast<double>(h)); };
+  ModelSpec s;
+  s.dim = u32("dim");
+  s.n_heads = u32("n_heads");
+  s.head_dim = u32("head_dim");
+  s.ffn_dim = u32("ffn_dim");
+  s.vocab_size = u32("vocab_size");
+  s.context_length = u32("context_length");
+  s.norm_eps = real(d["norm_eps"]);
+  s.rope_dims = u32("rope_dims");
+  s.rope_interleaved = nb::cast<std::string>(d["rope_style"]) == "interleaved";
+  s.gelu = nb::cast<std::string>(d["activation"]) == "gelu_tanh";
+  s.attn_scale = real(d["attn_scale"]);
+  s.embed_scale = real(d["embed_scale"]);
+  s.qk_norm = flag("qk_norm");
+  s.qkv_bias = flag("qkv_bias");
+  s.post_norms = flag("post_norms");
+  s.rope_factors = flag("rope_factors");
+  s.tied_head = flag("tied_head");
+  s.conv_kernel = u32("conv_kernel");
+  s.output_norm = nb::cast<std::string>(d["output_norm"]);
+  for (nb::handle h : nb::cast<nb::list>(d["layers"])) {
+    const nb::dict l = nb::cast<nb::dict>(h);
+    LayerSpec layer;
+    layer.conv = nb::cast<std::string>(l["kind"]) == "conv";
+    layer.n_kv_heads = nb::cast<uint32_t>(l["n_kv_heads"]);
+    layer.window = nb::cast<uint32_t>(l["window"]);
+    layer.rope_base = real(l["rope_base"]);
+    layer.rope_scale = real(l["rope_scale"]);
+    s.layers.push_back(layer);
+  }
+  return s;
+}
+
+std::optional<nb::dict> tier_stats(const KvCache& c) {
+  if (!c.tier()) return std::nullopt;
+  const PageStore& store = c.tier()->store();
+  nb::dict m = store_stats(store);
+  m["slots"] = store.shape().slots;
+  m["set"] = c.tier()->capacity();
+  m["pages"] = store.pages();
+  m["in_memory"] = store.file().in_memory();
+  return m;
+}
+
 KvType to_kv_type(const std::string& name) {
   if (name == "f16") return KvType::F16;
   if (name == "q8") return KvType::Q8;
@@ -337,16 +348,8 @@ void bind_engine(nb::module_& m) {
           "`slots`: pages of these layers in memory, the others in a file in `directory`; 0: all are.\n"
           "`heads`: the window of streaming heads, and by layer a class for each KV head that sees everything:\n0 indexed, 1 full, "
           "2 streaming; empty: all are indexed.")
-      .def_prop_ro("tier", [](const KvCache& c) -> std::optional<nb::dict> {
-        if (!c.tier()) return std::nullopt;
-        const PageStore& store = c.tier()->store();
-        nb::dict m = store_stats(store);
-        m["slots"] = store.shape().slots;
-        m["set"] = c.tier()->capacity();
-        m["pages"] = store.pages();
-        m["in_memory"] = store.file().in_memory();
-        return m;
-      }, "Of the pages: how many there are, how many fit into memory and into the set of a step;\n"
+      .def_prop_ro("tier", &tier_stats,
+         "Of the pages: how many there are, how many fit into memory and into the set of a step;\n"
          "what was read, written and waited for; whether the directory lies in memory. None without a tier.")
       .def_prop_ro("page_set", [](const KvCache& c) {
         std::vector<uint32_t> pages;

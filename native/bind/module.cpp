@@ -11,4 +11,5 @@ NB_MODULE(_native, m) {
   bind_engine(m);
   bind_probe(m);
   bind_store(m);
+  bind_slots(m);
 }

@@ -1,0 +1,320 @@
+"""Sparse keys and values for a graph of ONNX Runtime, after SpeContext (arXiv 2512.00722).
+
+The graph sees the slots of its caches, whatever positions they hold (export/onnx_model.py). So its caches may
+be small: they hold a *working set* of pages of 16 tokens, one set for all layers, while everything is in a
+store in memory or partly on a disk (native/slot_store.h). Shapes never change. Always in the set are the
+first page and the last 128 tokens, with what has no index yet (up to 255 more); of the pages between those
+that are worth most. A page is worth the votes of the queries of the last step, or nine tenths of what it was
+worth before where that is more, as in the native engine's tier. Between two steps the difference alone is
+copied.
+
+A pass over several tokens sees everything: where not all of it is in the slots, it gets caches of its own, as
+large as the sequence, which are filled from the store and dropped afterwards.
+
+What is in the set depends on the tokens alone, so a store on a disk gives the same ones. It keeps float16: a
+page that left and came back is rounded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgert import _native
+from edgert.download import size_text
+from edgert.engines.onnx_caches import Buffer
+from edgert.errors import EngineError, PlanError, UsageError
+from edgert.models import ModelSpec
+from edgert.placement import UNSURE
+from edgert.tier import IN_MEMORY, Tier
+
+PAGE = 16  # tokens
+RECENT = 24  # pages at most that have no index and stay
+ENTERING = 8  # pages at most that a step lets in
+VOTERS = 8  # last tokens of a prompt whose queries vote
+FADE = np.float32(0.9)
+LEAST_SLOTS = PAGE * (1 + RECENT + ENTERING)
+_NONE = -1
+_SAVED = struct.Struct("<QQ?")  # pages with an index, places in use, whether any number of pages may enter
+
+Array = npt.NDArray[np.float32]
+
+
+def full_layers(spec: ModelSpec) -> list[int]:
+    """The attention layers that see everything."""
+    return [i for i, layer in enumerate(spec.layers) if layer.kind == "attention" and not layer.window]
+
+
+def check_slots(slots: int) -> None:
+    """Raises UsageError for a working set that is too small or is not of whole pages."""
+    if slots < LEAST_SLOTS or slots % PAGE:
+        raise UsageError(
+            f"a working set has a multiple of {PAGE} slots, at least {LEAST_SLOTS}, not {slots}: "
+            f"{PAGE * RECENT} recent tokens and the first {PAGE} are always in it"
+        )
+
+
+def pages_in_memory(spec: ModelSpec, context: int, slots: int, left: int) -> int:
+    """Pages of the store that lie in memory in a session of ``context`` positions, 0: all of them, where that
+    may take ``left`` bytes. Reading a prompt of that length takes as many slots for a while. Raises PlanError
+    where too few would be left."""
+    layers = _layers(spec)
+    width = 2 * 4 * sum(layer.n_kv_heads for layer in layers.layers) * spec.head_dim
+    taken = width * (slots + 1 + context)
+    room = left - int(UNSURE * left) - taken
+
+    def needed(pages: int) -> int:
+        return _native.slot_store_bytes(layers.as_dict(), context, pages)[0]
+
+    if needed(0) <= room:
+        return 0
+    low, high = _native.slot_store_bytes(layers.as_dict(), context, 0)[1], _pages(context)
+    if low > high or needed(low) > room:
+        short = taken + min(needed(low), needed(0)) - (left - int(UNSURE * left))
+        raise PlanError(
+            f"keys and values of {context} tokens need {size_text(short)} more memory: {size_text(taken)} of "
+            "slots while a prompt of that length is read, and the fewest pages of the store: allow more "
+            "memory or choose a smaller context"
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needed(middle) <= room else (low, middle - 1)
+    return low
+
+
+def _layers(spec: ModelSpec) -> ModelSpec:
+    """With those layers alone that see everything."""
+    return replace(spec, layers=tuple(spec.layers[i] for i in full_layers(spec)))
+
+
+class WorkingSet:
+    """``slots`` of the caches of one sequence of at most ``context`` positions, and the store behind them.
+
+    ``buffers``: the graph's caches at present, of the layers of :func:`full_layers`; they have one slot more,
+    :attr:`spare`. ``threads`` count votes. Raises UsageError and EngineError.
+    """
+
+    def __init__(
+        self, runtime: Any, spec: ModelSpec, context: int, slots: int, threads: int, tier: Tier = IN_MEMORY
+    ) -> None:
+        check_slots(slots)
+        self._runtime, self._spec, self._layers = runtime, spec, full_layers(spec)
+        self._places, self.spare = slots // PAGE, slots
+        self._store = _native.SlotStore(_layers(spec).as_dict(), context, threads, *tier)
+        self._own, self._own_slots = self._caches(slots + 1)
+        self.buffers, self._slots = self._own, self._own_slots
+        self._pages: list[int] = []  # of the own caches, by place; _NONE: nothing of use
+        self._worth = np.zeros(0, np.float32)
+        self._fresh = False  # a prompt has been read: any number of pages may enter
+        self.copied_pages = 0  # from the store into slots
+
+    def _caches(self, slots: int) -> tuple[dict[str, Buffer], _native.Slots]:
+        spec = self._spec
+        buffers = {
+            f"{c}.{i}": Buffer(self._runtime, (1, spec.layers[i].n_kv_heads, slots, spec.head_dim), "cpu")
+            for c in "kv"
+            for i in self._layers
+        }
+        keys, values = ([buffers[f"{c}.{i}"].read() for i in self._layers] for c in "kv")
+        return buffers, _native.Slots(self._store, keys, values)
+
+    @property
+    def length(self) -> int:
+        return self._store.length
+
+    @property
+    def query_width(self) -> int:
+        """Floats of the graph's output ``queries`` for a token."""
+        return len(self._layers) * self._spec.n_heads * self._spec.head_dim
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a slot of all caches together."""
+        heads = sum(self._spec.layers[i].n_kv_heads for i in self._layers)
+        return 2 * 4 * heads * self._spec.head_dim
+
+    @property
+    def copied_bytes(self) -> int:
+        """Copied from the store into the slots of the working set."""
+        return PAGE * self.row_bytes * self.copied_pages
+
+    @property
+    def filled(self) -> int:
+        """Slots of the working set in use."""
+        return min(self._store.length, PAGE * self._places)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the slots in use and of the store."""
+        return self.row_bytes * self.filled + self._store.nbytes
+
+    @property
+    def pages(self) -> list[int]:
+        """The pages in the slots, sorted."""
+        return sorted(page for page in self._pages if page != _NONE)
+
+    @property
+    def tier(self) -> dict[str, float] | None:
+        """What the store's disk tier holds and did; None when all of it is in memory."""
+        return self._store.tier
+
+    def step(self) -> int:
+        """Makes a slot for one token, with the set of pages that it sees in front of it; returns how many
+        slots are filled. Raises EngineError when a page cannot be read; the sequence is what it was then."""
+        length = self._store.length
+        last = length // PAGE
+        self._arrange(self._choose(last + 1), last)
+        self._fresh = False
+        return (len(self._pages) - 1) * PAGE + length % PAGE
+
+    def whole(self, n: int) -> int:
+        """Makes ``buffers`` hold everything, with slots for ``n`` more tokens; returns how many are filled.
+        :meth:`back` must follow when these have been appended. Raises EngineError."""
+        length = self._store.length
+        pages = _pages(length)
+        if _pages(length + n) <= self._places:
+            if self._pages[:pages] != list(range(pages)):
+                self._arrange(list(range(pages)), pages - 1)
+            self._pages = list(range(_pages(length + n)))
+            return length
+        # An open page goes on there: what the working set has of it will not be all.
+        self._pages = [page if page < length // PAGE else _NONE for page in self._pages]
+        buffers, slots = self._caches(PAGE * _pages(length + n))
+        for page in range(pages):
+            self._store.read(page, slots, page)
+        self.buffers, self._slots = buffers, slots
+        return length
+
+    def back(self) -> None:
+        """``buffers`` are those of the working set again."""
+        self.buffers, self._slots = self._own, self._own_slots
+
+    def parts(self, length: int) -> Iterator[tuple[Buffer, tuple[int, ...]]]:
+        """What of the buffers :meth:`save` does not have: nothing."""
+        return iter(())
+
+    def clear(self) -> None:
+        """Forget everything; there is no next token."""
+        self._own.clear()
+        self.buffers = self._own
+
+    def append(self, first: int, n: int, queries: Array) -> None:
+        """The tokens in the ``n`` slots from ``first`` on are the next ones of the sequence. ``queries``: the
+        graph's output for the last of them, [rows, …], of which there may be none. Raises EngineError."""
+        votes = self._store.append(self._slots, first, n, queries if len(queries) else None)
+        if n > 1:
+            self._fresh = True
+        if not len(queries):
+            return
+        worth = self._known_worth(len(votes))
+        self._worth = np.maximum(worth * FADE, votes)
+
+    def rewind(self, length: int) -> int:
+        """Forgets what comes after ``length`` tokens; returns how many are left. Raises EngineError."""
+        kept = self._store.rewind(length)
+        left = _pages(kept)
+        self._pages = [page if page < left else _NONE for page in self._pages]
+        self._worth = self._worth[: self._store.indexed_pages]
+        self._fresh = True
+        return kept
+
+    def save(self) -> bytes:
+        """Of the sequence, the set and what pages are worth; see :meth:`load`."""
+        worth = self._known_worth(self._store.indexed_pages)
+        pages = np.array(self._pages, np.int32)
+        head = _SAVED.pack(len(worth), len(pages), self._fresh)
+        return b"".join([head, worth.tobytes(), pages.tobytes(), self._store.save()])
+
+    def load(self, state: bytes) -> None:
+        """Goes on where :meth:`save` was called. Raises EngineError for what it did not give; the sequence is
+        empty then."""
+        self._pages, self._worth = [], self._worth[:0]
+        self._store.rewind(0)
+        if len(state) < _SAVED.size:
+            raise EngineError("the saved session is shorter than it says")
+        count, places, fresh = _SAVED.unpack_from(state)
+        middle = _SAVED.size + 4 * count
+        end = middle + 4 * places
+        if len(state) < end:
+            raise EngineError("the saved session is shorter than it says")
+        self._store.load(state[end:])
+        pages = np.frombuffer(state, np.int32, places, middle).tolist()
+        known = [page for page in pages if page != _NONE]
+        if count != self._store.indexed_pages or not all(
+            0 <= page < _pages(self._store.length) for page in known
+        ):
+            self._store.rewind(0)
+            raise EngineError("the saved session says of other pages than its own that they are in slots")
+        self._worth = np.frombuffer(state, np.float32, count, _SAVED.size).copy()
+        self._fresh = fresh or len(pages) > self._places or len(set(known)) < len(known)
+        if not self._fresh:
+            self._pages = [_NONE] * len(pages)
+            for place, page in enumerate(pages):
+                if page != _NONE:
+                    self._read(page, place)
+
+    def _known_worth(self, pages: int) -> Array:
+        """What pages with an index are worth; new ones as much as the others on average."""
+        worth = self._worth[:pages]
+        average = worth.mean() if len(worth) else 0.0
+        return np.concatenate([worth, np.full(pages - len(worth), average, np.float32)])
+
+    def _choose(self, pages: int) -> list[int]:
+        """Of the first ``pages``, which are all, those that the set is to have."""
+        if pages <= self._places:
+            return list(range(pages))
+        indexed = self._store.indexed_pages
+        worth = self._known_worth(indexed)
+        # Of equals the later one.
+        order = np.lexsort((-np.arange(indexed), -worth))
+        order = order[order > 0]
+        inside = np.zeros(indexed, bool)
+        inside[[page for page in self._pages if 0 <= page < indexed]] = True
+        room = self._places - 1 - (pages - indexed)
+        best = order[:room]
+        entering = best[~inside[best]]
+        if not self._fresh:
+            entering = entering[:ENTERING]
+        staying = order[inside[order]][: room - len(entering)]
+        return [0, *staying.tolist(), *entering.tolist(), *range(indexed, pages)]
+
+    def _arrange(self, wanted: Sequence[int], last: int) -> None:
+        """Puts the pages ``wanted`` into the first places, ``last`` at their end, with the fewest copies. Of
+        a page behind the store's tokens there is nothing to copy."""
+        end, keep = len(wanted) - 1, set(wanted) - {last}
+        pages = self._pages
+        pages += [_NONE] * (end + 1 - len(pages))
+        holes = [place for place in range(end) if pages[place] not in keep]
+        known = last * PAGE < self._store.length
+        if known and last in pages[:end]:  # gone back into it: its rounded copy is as good
+            pages[pages.index(last)] = _NONE
+        for place in range(end, len(pages)):
+            if pages[place] in keep:
+                hole = holes.pop()
+                pages[hole] = _NONE
+                self._store.move(self._own_slots, place, hole)
+                pages[hole], pages[place] = pages[place], _NONE
+        missing = keep.difference(pages)
+        for page in sorted(missing):
+            self._read(page, holes.pop())
+        if pages[end] != last:
+            pages[end] = _NONE
+            if known:
+                self._read(last, end)
+            pages[end] = last
+        del pages[end + 1 :]
+
+    def _read(self, page: int, place: int) -> None:
+        self._pages[place] = _NONE
+        self._store.read(page, self._own_slots, place)
+        self._pages[place] = page
+        self.copied_pages += 1
+
+
+def _pages(tokens: int) -> int:
+    return -(-tokens // PAGE)
