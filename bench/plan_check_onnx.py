@@ -1,16 +1,18 @@
 """What `edgert plan` predicts of ONNX exports beside what runs take:
-``python -m edgert.bench.plan_check_onnx DIR ...``.
+``python -m edgert.bench.plan_check_onnx RUNS.jsonl DIR ...``.
 
-As :mod:`edgert.bench.plan_check`, with ONNX Runtime on the CPU: every row is a process of its own that loads
+As :mod:`edgert.bench.plan_check`, with ONNX Runtime on the CPU: every run is a process of its own that loads
 an export, reads a prompt of prose and generates, and does so again ROUNDS times for the time, with memory's
-speed probed in between.
+speed probed in between. Times count where memory gave at least QUIET of what the doctor measured: elsewhere
+others were busy. Runs are kept in a file as they come, and those that it has are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edgert.bench.measure import put, say
@@ -32,6 +34,7 @@ from edgert.rates import Rates, rates_for
 from edgert.tokenizer import Tokenizer
 
 ROUNDS = 4
+QUIET = 0.7
 
 _CHILD = """
 import json, sys
@@ -57,75 +60,116 @@ json.dump([peak, rounds, min(prompts), stats.generated_tokens, onnxruntime.__ver
 
 @dataclass(frozen=True)
 class OnnxRow(Row):
-    """Also a prompt of ``context`` - GENERATED tokens, in seconds; ``kv`` is the type of the weights."""
+    """Also a prompt of ``context`` - GENERATED tokens, in seconds; ``kv`` is the type of the weights and
+    ``quiet`` whether nobody else was busy."""
 
     planned_prompt: float
     measured_prompt: float
+    quiet: bool
     version: str
 
 
-def run(directory: OnnxDirectory, head: str, context: int, rates: Rates) -> OnnxRow:
-    """One row: the process, and the plan for its length."""
-    case = OnnxCase.read(directory, rates.threads, head)
-    prompt = context - GENERATED
-    ids = Tokenizer.from_gguf(directory.metadata).encode(prose(9000))[:prompt]
-    job = [str(directory.path), head, context, GENERATED, ids, rates.threads, PROBE_SECONDS, ROUNDS]
-    peak, rounds, seconds_of_prompt, generated, version = in_process(
-        _CHILD, job, f"{directory.path} {head} {context}"
+@dataclass(frozen=True)
+class Run:
+    """What a process took; ``sha256`` is the export's."""
+
+    sha256: str
+    head: str
+    context: int
+    peak: int
+    rounds: list[tuple[float, float, float]]
+    prompt_seconds: float
+    generated: int
+    version: str
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.sha256, self.head, self.context
+
+
+def run(directory: OnnxDirectory, head: str, context: int, threads: int) -> Run:
+    ids = Tokenizer.from_gguf(directory.metadata).encode(prose(9000))[: context - GENERATED]
+    job = [str(directory.path), head, context, GENERATED, ids, threads, PROBE_SECONDS, ROUNDS]
+    return Run(
+        directory.sha256, head, context, *in_process(_CHILD, job, f"{directory.path} {head} {context}")
     )
 
+
+def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
+    """The run beside the plan for its length."""
+    case = OnnxCase.read(directory, rates.threads, run.head)
+    prompt = run.context - GENERATED
+
     def predicted(bandwidth: float) -> float:
-        steps = decode_steps(case, replace(rates, bandwidth=bandwidth), prompt + generated // 2)
+        steps = decode_steps(case, replace(rates, bandwidth=bandwidth), prompt + run.generated // 2)
         return sum(step.seconds for step in steps)
 
-    seconds, bandwidth = settle(rounds, predicted)
+    seconds, bandwidth = settle(run.rounds, predicted)
     return OnnxRow(
         model=directory.name,
         kv=directory.quant,
-        head=head,
-        context=context,
-        planned_bytes=case.needed(prompt + generated),
-        measured_bytes=peak,
+        head=run.head,
+        context=run.context,
+        planned_bytes=case.needed(prompt + run.generated),
+        measured_bytes=run.peak,
         planned_seconds=predicted(bandwidth),
         measured_seconds=seconds,
         bandwidth=bandwidth,
         planned_prompt=sum(step.seconds for step in prefill_steps(case, rates, prompt)),
-        measured_prompt=seconds_of_prompt,
-        version=version,
+        measured_prompt=run.prompt_seconds,
+        quiet=bandwidth >= QUIET * rates.bandwidth,
+        version=run.version,
     )
 
 
 def table(rows: list[OnnxRow], machine: str) -> str:
     """Markdown, with the errors and whether the targets hold."""
-    prompts = [abs(r.planned_prompt / r.measured_prompt - 1) for r in rows]
+    quiet = [row for row in rows if row.quiet]
     lines = [
         f"# What `edgert plan` says of ONNX exports beside what runs take: {machine}",
         "",
         f"`python -m edgert.bench.plan_check_onnx`, ONNX Runtime {rows[0].version} on the CPU. Peak resident "
         f"memory of a process that loads, reads a prompt and generates {GENERATED} tokens; time of a token in"
-        f" {ROUNDS} more generations, predicted from memory's speed around each; shortest time of a prompt.",
+        f" {ROUNDS} more generations, predicted from memory's speed around each; shortest time of a prompt. "
+        f"Times are left out where memory gave less than {QUIET:.0%} of what the doctor measured: others "
+        "were busy.",
         "",
-        *verdict(rows, "token", DECODE_MEDIAN),
-        f"- time of a prompt: off by {statistics.median(prompts):.1%} at the median, {max(prompts):.1%} at "
-        "worst",
-        "",
-        "| model | weights | head | context | peak planned | measured | off | token planned | measured | off "
-        "| prompt planned | measured | off | GB/s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        verdict(rows, "token", DECODE_MEDIAN)[0],
     ]
-    for r in rows:
-        lines.append(
-            f"| {r.model} | {r.kv} | {r.head} | {r.context:,} | {r.planned_bytes / 1e6:.1f} MB "
-            f"| {r.measured_bytes / 1e6:.1f} MB | {r.memory_error:+.1%}{'' if r.memory_held else ' (!)'} "
-            f"| {r.planned_seconds * 1e3:.2f} ms | {r.measured_seconds * 1e3:.2f} ms | {r.time_error:+.1%} "
-            f"| {r.planned_prompt:.2f} s | {r.measured_prompt:.2f} s "
-            f"| {r.planned_prompt / r.measured_prompt - 1:+.1%} | {r.bandwidth / 1e9:.1f} |"
-        )
+    if quiet:
+        prompts = [abs(r.planned_prompt / r.measured_prompt - 1) for r in quiet]
+        lines += [
+            verdict(quiet, "token", DECODE_MEDIAN)[1],
+            f"- time of a prompt: off by {statistics.median(prompts):.1%} at the median, {max(prompts):.1%} "
+            "at worst",
+        ]
+    columns = (
+        *("model", "weights", "head", "context", "peak planned", "measured", "off"),
+        *("token planned", "measured", "off", "prompt planned", "measured", "off", "GB/s"),
+    )
+    lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _cells(r: OnnxRow) -> list[str]:
+    times = [
+        *(f"{r.planned_seconds * 1e3:.2f} ms", f"{r.measured_seconds * 1e3:.2f} ms", f"{r.time_error:+.1%}"),
+        *(f"{r.planned_prompt:.2f} s", f"{r.measured_prompt:.2f} s"),
+        f"{r.planned_prompt / r.measured_prompt - 1:+.1%}",
+        f"{r.bandwidth / 1e9:.1f}",
+    ]
+    return [
+        *(r.model, r.kv, r.head, f"{r.context:,}"),
+        *(f"{r.planned_bytes / 1e6:.1f} MB", f"{r.measured_bytes / 1e6:.1f} MB"),
+        f"{r.memory_error:+.1%}{'' if r.memory_held else ' (!)'}",
+        *(times if r.quiet else [""] * len(times)),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m edgert.bench.plan_check_onnx", description=__doc__)
+    parser.add_argument("runs", type=Path, metavar="RUNS.jsonl", help="where runs are kept")
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
     parser.add_argument("--contexts", default="128,512,2000,4000")
@@ -134,6 +178,8 @@ def main() -> None:
     rates = rates_for(None, 0)
     if not rates.measured:
         raise SystemExit("run `edgert doctor` first: the plan needs its measurements")
+    kept = args.runs.read_text().splitlines() if args.runs.exists() else []
+    runs = {made.key: made for made in (Run(**json.loads(line)) for line in kept)}
     rows: list[OnnxRow] = []
     for path in args.directories:
         directory = OnnxDirectory.open(path)
@@ -141,7 +187,12 @@ def main() -> None:
             for head in args.heads.split(","):
                 if head != "dense" and directory.flash_head is None:
                     continue
-                row = run(directory, head, context, rates)
+                key = directory.sha256, head, context
+                if key not in runs:
+                    runs[key] = run(directory, head, context, rates.threads)
+                    with args.runs.open("a") as file:
+                        file.write(json.dumps(asdict(runs[key])) + "\n")
+                row = row_of(runs[key], directory, rates)
                 rows.append(row)
                 say(
                     f"{row.model} {row.kv} {head} {context}: memory {row.memory_error:+.1%}, "

@@ -8,13 +8,14 @@ with version 1.32 (``python -m edgert.bench.plan_check_onnx`` holds the sums to 
   stored in. Its stored codes are then given back, its scales stay mapped.
 - Rows that are looked up (embeddings; the head's, with a FlashHead) stay mapped, and count as far as they
   were read: the system maps what lies around a row with it, and can have these pages back at any time.
-- A pass works in an arena, which keeps what it once took; after the first pass of a size it takes one piece
-  for all intermediate values of the next, beside what it has.
+- A pass works in an arena, which keeps what it once took; the second pass of a size takes one piece for all
+  of its values, beside what there is. So a text of more than one full pass takes twice as much.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,13 +29,14 @@ from .tokenizer_memory import tokenizer_bytes
 if TYPE_CHECKING:
     from .models import ModelSpec
     from .onnx_directory import OnnxDirectory
-    from .onnx_wire import Graph, Tensor
+    from .onnx_wire import Graph, Node
 
 RUNTIME_BYTES = 35_000_000  # numpy, the library of ONNX Runtime and its objects, beside PYTHON_BYTES
 NODE_BYTES = 12_000  # of a session for each node of its graph
 BLOCK_BYTES = 8  # of a packed block beside its codes: scale and sum
-ACTIVATIONS = 3.0  # times the values of a layer that a pass holds at once
+ACTIVATIONS = 1.5  # times the values of a layer: what a pass takes of the arena
 ROW_BYTES = 1 << 14  # that a token of prose maps on average; most come again or lie beside others
+FLASH_ROWS = 32  # rows that a FlashHead scores map as much as one token of prose
 
 
 @dataclass(frozen=True)
@@ -64,26 +66,25 @@ def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
         mapped += 4 * blocks
         if name == head and not flash:
             extra = stored if blocks else 4 * count
-    for tensor in graph.initializers if flash else ():
-        if not tensor.name.startswith(("head.", "flash.")):
-            continue
-        size = _bytes(tensor)
-        if len(tensor.dims) == 3:  # blocks
-            packed += size + BLOCK_BYTES * math.prod(tensor.dims[:2])
-            extra = max(extra, size)
-        else:
-            mapped += size
+    multiplied = {node.inputs[1] for node in all_nodes(graph) if node.op == "MatMulNBits"}
+    for tensor in graph.initializers:
+        if tensor.name.startswith(("head.", "flash.")):
+            size = ITEM_BYTES[tensor.dtype] * math.prod(tensor.dims)
+            if tensor.name in multiplied:
+                packed += size + BLOCK_BYTES * math.prod(tensor.dims[:2])
+                extra = max(extra, size)
+            else:
+                mapped += size
     return Held(packed, mapped, looked, extra)
 
 
-def _bytes(tensor: Tensor) -> int:
-    return ITEM_BYTES[tensor.dtype] * math.prod(tensor.dims)
-
-
-def count_nodes(graph: Graph) -> int:
-    return len(graph.nodes) + sum(
-        count_nodes(branch) for node in graph.nodes for branch in node.attributes.values() if branch
-    )
+def all_nodes(graph: Graph) -> Iterator[Node]:
+    """Those of the graph and of its branches."""
+    for node in graph.nodes:
+        yield node
+        for branch in node.attributes.values():
+            if branch:
+                yield from all_nodes(branch)
 
 
 def slots_in_use(spec: ModelSpec, window: int, context: int) -> int:
@@ -119,6 +120,7 @@ def parts(
     weights = held(spec, quant or directory.quant, graph, flash)
     attention = [layer.window for layer in spec.layers if layer.kind == "attention"]
     kv_heads = max((layer.n_kv_heads for layer in spec.layers), default=0)
+    repeated = 2 if context > 2 * CHUNK else 1
     wide = 4 * spec.ffn_dim + 2 * spec.dim + (spec.n_heads + 2 * kv_heads) * spec.head_dim
     scored = 2 * LONGEST if head == "exact" else 1 + flash
     file = _native.GgufFile(str(directory.path / TOKENIZER))
@@ -132,12 +134,12 @@ def parts(
     later = [
         *cached,
         Part("convolution state", state if convolutions else 0, f"after each of the last {STATES} passes"),
-        Part("activations", round(ACTIVATIONS * 4 * wide * tokens), f"buffers of a pass of {tokens} tokens"),
+        Part("activations", round(ACTIVATIONS * repeated * 4 * wide * tokens), "buffers of a pass"),
         Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
         Part("tokenizer", tokenizer + kept, "with the metadata it is made of"),
     ]
-    read = spec.vocab_size if head != "dense" else context
-    rows = round(weights.rows * (1 - math.exp(-read * ROW_BYTES / weights.rows)))
+    looked_up = 1 if head == "dense" else 1 + _flash_tokens(directory) / FLASH_ROWS
+    rows = round(weights.rows * (1 - math.exp(-context * looked_up * ROW_BYTES / weights.rows)))
     loading = weights.extra - rows - sum(part.bytes for part in later)
     found = [
         Part("weights, packed", weights.packed, "as ONNX Runtime multiplies with them"),
@@ -145,11 +147,15 @@ def parts(
         Part("rows, mapped", rows, "that are looked up in model.onnx.data"),
         *later,
         Part("loading", max(loading, 0), "on top while the graph loads"),
-        Part("graph", NODE_BYTES * count_nodes(graph), "of the nodes of ONNX Runtime"),
+        Part("graph", NODE_BYTES * sum(1 for _ in all_nodes(graph)), "of the nodes of ONNX Runtime"),
         Part("ONNX Runtime", RUNTIME_BYTES, "and numpy"),
         Part("Python", PYTHON_BYTES, "and its libraries"),
     ]
     return tuple(part for part in found if part.bytes)
+
+
+def _flash_tokens(directory: OnnxDirectory) -> int:
+    return directory.flash_head["tokens"] if directory.flash_head else 0
 
 
 def _layers(window: int) -> str:

@@ -13,8 +13,8 @@ is read here first, by a reader that knows what edgert's exporter writes and ref
 That tells a damaged copy and a foreign graph. It does not tell who made the directory: somebody who writes
 all of its files can have a graph of these operators compute anything, and take any memory for it.
 
-Hashes are computed at every load and not remembered: 234 MB took 0.2 s on two cores of an AMD EPYC, and the
-bytes, which ONNX Runtime reads next, are then in the system's cache.
+Hashes are computed at every load and not remembered: ONNX Runtime reads the same bytes next, from the
+system's cache then, and a note of an earlier check would be one more thing that can be wrong.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from .onnx_directory import ABOUT, AGAIN, DATA, read_bounded, refuse
 from .onnx_wire import WireError, read_model
 
 if TYPE_CHECKING:
+    from .models import ModelSpec
     from .onnx_directory import OnnxDirectory
     from .onnx_wire import Graph, Model, Node, Tensor, Value
 
 _GRAPH_LIMIT = 8 << 20  # bytes; a model of 30 layers has 120,000
 _NODES, _NODES_A_LAYER = 256, 64  # the most there may be; a layer of Gemma 3 has 25
 _FLASH_TENSORS = 20
-_MOST_EXTRA = 4096  # rows that a FlashHead may have beyond twice the vocabulary, and columns at least
+_MOST_EXTRA = 4096  # rows that a part of a FlashHead may have beyond twice the vocabulary
 
 
 def preflight(directory: OnnxDirectory) -> Model:
@@ -98,10 +99,13 @@ def _check(directory: OnnxDirectory, model: Model) -> None:
     count = sum(len(part.nodes) for part in (graph, *branches))
     if count > most:
         raise _Foreign(f"expected at most {most} nodes, found {count}")
+    _check_initializers(directory, graph)
+    shapes = {tensor.name: tensor.dims for tensor in graph.initializers}
     for part in (graph, *branches):
         for node in part.nodes:
             _check_node(node)
-    _check_initializers(directory, graph)
+            if node.domain:
+                _check_contrib(spec, node, shapes)
 
 
 def _check_values(what: str, expected: Mapping[str, interface.Typed], found: tuple[Value, ...]) -> None:
@@ -137,6 +141,36 @@ def _check_node(node: Node) -> None:
         raise _Foreign(f"node {_cut(node.name)}: {name} with the attribute {_cut(min(odd))}")
     if any(branch and node.op != "If" for branch in node.attributes.values()):
         raise _Foreign(f"node {_cut(node.name)}: {name} with a graph as attribute")
+
+
+def _check_contrib(spec: ModelSpec, node: Node, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The attributes of ONNX Runtime's own operators say the sizes of what they are given."""
+    n = node.integers
+
+    def shape(i: int) -> tuple[int, ...]:
+        return shapes.get(node.inputs[i], ()) if i < len(node.inputs) else ()
+
+    if node.op == "GroupQueryAttention":
+        layers = {f"k.{i}": layer for i, layer in enumerate(spec.layers) if layer.kind == "attention"}
+        layer = layers.get(node.inputs[3] if len(node.inputs) > 3 else "")
+        sizes = (n.get("num_heads"), n.get("kv_num_heads"), n.get("local_window_size"))
+        right = layer is not None and sizes == (spec.n_heads, layer.n_kv_heads, layer.window or -1)
+    else:
+        bits, block = n.get("bits", 0), interface.BLOCK
+        rows, cols = n.get("N", 0), n.get("K", 0)
+        data, scales = shape(1), shape(2)
+        wanted: tuple[int, ...] = (rows, cols // block, block * bits // 8)
+        if node.op == "GatherBlockQuantized":
+            data = shape(0)
+            rows, cols = (scales[0], scales[1] * block) if len(scales) == 2 else (0, 0)
+            wanted = (rows, cols * bits // 8)
+        right = bits in (4, 8) and n.get("block_size") == block and cols % block == 0
+        right = right and data == wanted and scales == (rows, cols // block)
+    if not right:
+        raise _Foreign(
+            f"node {_cut(node.name)}: {node.op} with sizes {_cut(dict(n))} that do not fit its inputs "
+            f"{_cut(node.inputs)}"
+        )
 
 
 def _check_initializers(directory: OnnxDirectory, graph: Graph) -> None:
@@ -198,17 +232,12 @@ def _check_external(directory: OnnxDirectory, tensor: Tensor, size: int) -> None
 
 
 def _check_flash(directory: OnnxDirectory, tensor: Tensor, count: int) -> None:
-    """Their sizes are the sidecar's, of which a spec knows no more than bounds."""
-    rows = 2 * directory.spec.vocab_size + _MOST_EXTRA
-    columns = max(directory.spec.dim, _MOST_EXTRA)
-    if (
-        count > _FLASH_TENSORS
-        or max(tensor.dims[:1], default=0) > rows
-        or math.prod(tensor.dims[1:]) > columns
-    ):
+    """Their sizes are the sidecar's, of which a spec knows no more than a bound."""
+    most = (2 * directory.spec.vocab_size + _MOST_EXTRA) * directory.spec.dim
+    if count > _FLASH_TENSORS or math.prod(tensor.dims) > most:
         raise _Foreign(
-            f"initializer {_cut(tensor.name)}: expected at most {_FLASH_TENSORS} of at most {rows} rows "
-            f"of {columns}, found number {count} of shape {_cut(tensor.dims)}"
+            f"initializer {_cut(tensor.name)}: expected at most {_FLASH_TENSORS} of at most {most} values, "
+            f"found number {count} of shape {_cut(tensor.dims)}"
         )
 
 

@@ -47,7 +47,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Node:
-    """``attributes`` are names with the graph of those that are one, and None."""
+    """``attributes`` are names with the graph of those that are one, and None; ``integers`` the values of
+    those that are one whole number."""
 
     op: str
     domain: str
@@ -55,6 +56,7 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: Mapping[str, Graph | None]
+    integers: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -170,15 +172,18 @@ class _Reader:
     def _node(self, at: Span, depth: int) -> Node:
         n = self._message(at, "node", _NODE)
         attributes: dict[str, Graph | None] = {}
+        integers: dict[str, int] = {}
         for span in n["attribute"]:
             a = self._message(span, "attribute", _ATTRIBUTE)
             name = self._text(a["name"])
             if name in attributes:
                 raise WireError(f"two attributes {name[:40]!r} of a node", span[0])
             attributes[name] = None if a["g"] is None else self._graph(a["g"], depth + 1)
+            if a["i"] is not None:
+                integers[name] = a["i"]
         op, domain, name = (self._text(n[key]) for key in ("op_type", "domain", "name"))
         inputs, outputs = (self._all(self._text, n[key]) for key in ("input", "output"))
-        return Node(op, domain, name, inputs, outputs, attributes)
+        return Node(op, domain, name, inputs, outputs, attributes, integers)
 
     def _tensor(self, at: Span) -> Tensor:
         t = self._message(at, "initializer", _TENSOR)

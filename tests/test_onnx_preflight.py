@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from onnx import TensorProto, helper
 from onnx_directories import change_about, change_graph, exported, seal
 from tiny_models import NAMES, tiny
 
-from edgert import onnx_wire
+from edgert import onnx_preflight, onnx_wire
 from edgert.errors import EdgertError, ModelFileError, UnsupportedModelError
 from edgert.onnx_directory import OnnxDirectory
 from edgert.onnx_preflight import check_graph, preflight
@@ -189,6 +190,14 @@ def _node(op: str, domain: str = "", **attributes: Any) -> Callable[[onnx.ModelP
     return lambda m: m.graph.node.append(node)
 
 
+def _first(m: onnx.ModelProto, op: str) -> onnx.NodeProto:
+    return next(n for n in m.graph.node if n.op_type == op)
+
+
+def _integer(m: onnx.ModelProto, op: str, name: str, value: int) -> None:
+    next(a for a in _first(m, op).attribute if a.name == name).i = value
+
+
 def _in_branch(m: onnx.ModelProto) -> None:
     branch = next(n for n in m.graph.node if n.op_type == "If").attribute[0].g
     branch.node.append(helper.make_node("Loop", [], ["x"]))
@@ -226,6 +235,39 @@ FOREIGN: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
         ),
         "expected 2 branches, found 4",
     ),
+    "heads that the model has not": (
+        lambda m: _integer(m, "GroupQueryAttention", "num_heads", 60),
+        "GroupQueryAttention with sizes .*60.* that do not fit",
+    ),
+    "another window": (
+        lambda m: _integer(m, "GroupQueryAttention", "local_window_size", 7),
+        "GroupQueryAttention with sizes",
+    ),
+    "rows that a matrix has not": (
+        lambda m: _integer(m, "MatMulNBits", "N", 10**6),
+        "MatMulNBits with sizes",
+    ),
+    "longer rows than a matrix has": (
+        lambda m: _integer(m, "MatMulNBits", "K", 9600),
+        "MatMulNBits with sizes",
+    ),
+    "other blocks": (lambda m: _integer(m, "MatMulNBits", "block_size", 256), "MatMulNBits with sizes"),
+    "other bits": (
+        lambda m: _integer(m, "GatherBlockQuantized", "bits", 8),
+        "GatherBlockQuantized with sizes",
+    ),
+    "a cache that is none": (
+        lambda m: _first(m, "GroupQueryAttention").input.__setitem__(3, "k.3"),
+        "GroupQueryAttention with sizes",
+    ),
+    "another matrix": (
+        lambda m: _first(m, "MatMulNBits").input.__setitem__(1, "output_norm.weight"),
+        "MatMulNBits with sizes",
+    ),
+    "no matrix": (
+        lambda m: _first(m, "MatMulNBits").input.__delitem__(slice(1, 9)),
+        "MatMulNBits with sizes",
+    ),
     "no branches": (lambda m: m.graph.node.pop(), "expected 2 branches, found 0"),
     "many nodes": (
         lambda m: m.graph.node.extend([helper.make_node("Add", ["a"], ["b"])] * 1000),
@@ -261,10 +303,6 @@ FOREIGN: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "an overflowing size": (lambda m: _dims(m, "output_norm.weight", 2**33, 2**33), "found type and shape"),
     "a weight more": (_weight("more", [4], 16), "llama models have none of this name"),
     "a weight twice": (_weight("output_norm.weight", [96], 384), "there are two"),
-    "a huge part of the FlashHead": (
-        _weight("flash.x", [6000], 24000),
-        "expected at most 20 of at most 4698 rows",
-    ),
     "many parts of the FlashHead": (
         lambda m: [_weight(f"flash.{i}", [4], 16)(m) for i in range(20)],
         "expected at most 20 .* found number 21",
@@ -293,6 +331,16 @@ def test_a_foreign_graph_is_refused(spoilt: Path, name: str) -> None:
     with pytest.raises((UnsupportedModelError, ModelFileError), match=text) as raised:
         preflight(OnnxDirectory.open(spoilt))
     assert str(spoilt / "model.onnx") in str(raised.value)
+
+
+def test_a_part_of_a_flash_head_has_bounds() -> None:
+    """Those of a file as large as the tiny ones cannot be met."""
+    directory = OnnxDirectory.open(exported("llama", "int4", "lowrank"))
+    most = (2 * 301 + 4096) * 96
+    for count, values, fine in ((1, most, True), (1, most + 1, False), (20, 4, True), (21, 4, False)):
+        tensor = onnx_wire.Tensor("flash.x", 1, (values,), 0, {})
+        with nullcontext() if fine else pytest.raises(ValueError, match=f"number {count} of shape"):
+            onnx_preflight._check_flash(directory, tensor, count)
 
 
 @cache
