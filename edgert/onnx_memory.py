@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from .onnx_directory import OnnxDirectory
     from .onnx_wire import Graph, Node
 
-RUNTIME_BYTES = 35_000_000  # numpy, the library of ONNX Runtime and its objects, beside PYTHON_BYTES
+RUNTIME_BYTES = 38_000_000  # numpy, the library of ONNX Runtime and its objects, beside PYTHON_BYTES
 NODE_BYTES = 12_000  # of a session for each node of its graph
 BLOCK_BYTES = 8  # of a packed block beside its codes: scale and sum
 ACTIVATIONS = 1.5  # times the values of a layer: what a pass takes of the arena
 ROW_BYTES = 1 << 14  # that a token of prose maps on average; most come again or lie beside others
-FLASH_ROWS = 32  # rows that a FlashHead scores map as much as one token of prose
+FLASH_ROWS = 20  # rows that a FlashHead scores map as much as one token of prose
 
 
 @dataclass(frozen=True)
