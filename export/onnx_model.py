@@ -40,7 +40,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import onnx
-from edgert.export.onnx_flash import Flash
+from edgert.export.onnx_flash import Flash, common_tokens
 from edgert.export.onnx_graph import Graph
 from edgert.export.onnx_heads import add_heads
 from edgert.export.onnx_layers import add_body, norm
@@ -49,6 +49,7 @@ from edgert.models import ModelSpec
 
 from edgert import _native
 from edgert.sidecar import Sidecar
+from edgert.tokenizer import Tokenizer
 
 PRODUCER = "edgert"
 
@@ -71,7 +72,9 @@ def build(
     g.input("positions", "int64", (1, "T"))
     g.input("rows", "int64", ("R",))
     g.input("more_states", "float32", (1, "E", spec.dim))
-    flash = Flash.of(sidecar) if sidecar else None
+    flash = None
+    if sidecar:
+        flash = Flash.of(sidecar, common_tokens(Tokenizer.from_gguf(file.metadata), spec.vocab_size))
     table = w.matrix(["token_embd.weight"], by_row=True)
     x = add_body(g, w, spec, w.rows(table, "input_ids", (1, "T", spec.dim)))
     wanted = g.node("Gather", x, "rows", axis=1)

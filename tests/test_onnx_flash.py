@@ -9,13 +9,15 @@ from tempfile import mkdtemp
 import numpy as np
 import pytest
 from edgert.export.gguf_writer import write_gguf
-from edgert.export.onnx_flash import TOKENS_PER_UNIT, Flash
+from edgert.export.onnx_flash import Flash, common_tokens
 from edgert.export.quantise import dequantise
 from flash_files import SPECIAL, parts
 from onnx_runs import Run, export
 from tiny_models import prompt, tiny
 
+from edgert import _native
 from edgert.sidecar import Sidecar
+from edgert.tokenizer import Tokenizer
 
 RECIPES = ("clusters", "lowrank", "clusters+lowrank")
 
@@ -26,6 +28,12 @@ def flash_graph(name: str, recipe: str, quant: str) -> tuple[Path, Sidecar]:
     sidecar = directory / "model.edgert.gguf"
     write_gguf(sidecar, *parts(model, recipe))
     return export(model, directory / "onnx", quant, sidecar), Sidecar(sidecar, model)
+
+
+@cache
+def common(name: str) -> np.ndarray:
+    tokenizer = Tokenizer.from_gguf(_native.GgufFile(str(tiny(name).path)).metadata)
+    return common_tokens(tokenizer, tiny(name).spec.vocab_size)
 
 
 def both(name: str, recipe: str, quant: str, count: int = 12) -> tuple[np.ndarray, ...]:
@@ -60,35 +68,50 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return values
 
 
+def matrix(sidecar: Sidecar, name: str) -> np.ndarray:
+    info = next(t for t in sidecar.file.tensors if t.name == name)
+    data = np.frombuffer(sidecar.file.read(name), np.uint8).reshape(info.shape[0], -1)
+    return dequantise(data, info.type, info.shape[1])
+
+
+def cluster_scores(sidecar: Sidecar, state: np.ndarray) -> np.ndarray:
+    bias = np.frombuffer(sidecar.file.read("head.bias"), np.float32)
+    return matrix(sidecar, "head.routers") @ rounded(state) + bias
+
+
+def best_of(scores: np.ndarray, count: int) -> np.ndarray:
+    return np.argsort(-scores)[:count]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_tokens_with_the_best_scores_are_chosen(recipe: str) -> None:
+def test_the_rare_tokens_with_the_best_scores_are_chosen(recipe: str) -> None:
     """As the sidecar's tensors rank them, computed here."""
-    _, sidecar = flash_graph("llama", recipe, "f32")
+    path, sidecar = flash_graph("llama", recipe, "f32")
     ids, logits, _, hidden = both("llama", recipe, "f32")
-    flash = Flash.of(sidecar)
-    tensors = {t.name: t for t in sidecar.file.tensors}
-
-    def matrix(name: str) -> np.ndarray:
-        info = tensors[name]
-        data = np.frombuffer(sidecar.file.read(name), np.uint8).reshape(info.shape[0], -1)
-        return dequantise(data, info.type, info.shape[1])
-
+    flash = Flash.of(sidecar, common("llama"))
+    assert SPECIAL in flash.common
     for i, state in enumerate(hidden):
-        found = set(ids[i][np.isfinite(logits[i])]) - {SPECIAL}
-        if "lowrank" in recipe:
-            scores = matrix("head.rows") @ rounded(matrix("head.projection") @ rounded(state))
-            by_unit = scores.reshape(flash.tokens.shape)
-            worth = np.where((flash.tokens == SPECIAL).any(1), np.inf, by_unit.max(1))
-            units = np.argsort(-worth)[: sidecar.keep + 1]
-            order = flash.tokens[units].ravel()[np.argsort(-by_unit[units].ravel())]
-            wanted = [t for t in order if t >= 0 and t != SPECIAL][: sidecar.keep * TOKENS_PER_UNIT]
-        else:
-            bias = np.frombuffer(sidecar.file.read("head.bias"), np.float32)
-            worth = matrix("head.routers") @ rounded(state) + bias
-            worth[(flash.tokens == SPECIAL).any(1)] = np.inf
-            best = np.argsort(-worth)[: sidecar.probes + 1]
-            wanted = [t for t in flash.tokens[best].ravel() if t >= 0 and t != SPECIAL]
-        assert found == set(wanted)
+        always, rare = np.split(ids[i], [len(flash.common)])
+        assert always.tolist() == flash.common.tolist()
+        assert set(rare[np.isfinite(logits[i][len(always) :])]) == expected_rare(flash, state)
+
+
+def expected_rare(flash: Flash, state: np.ndarray) -> set[int]:
+    sidecar, tokens = flash.sidecar, flash.tokens
+    if sidecar.recipe == "clusters":
+        found = tokens[best_of(cluster_scores(sidecar, state), sidecar.probes)].ravel()
+        return set(found[found >= 0])
+    rows, projection = matrix(sidecar, "head.rows"), matrix(sidecar, "head.projection")
+    if sidecar.recipe == "lowrank":
+        scores = (rows @ rounded(projection @ rounded(state))).reshape(tokens.shape)
+        scores[tokens < 0] = -np.inf
+        clusters, count = best_of(scores.max(1), sidecar.keep), 2 * sidecar.keep
+    else:
+        scores = (rows @ (projection @ state)).reshape(tokens.shape)
+        clusters = best_of(cluster_scores(sidecar, state), -(-sidecar.probes // 2))
+        count = -(-sidecar.keep // 2)
+    chosen = tokens[clusters].ravel()
+    return {t for t in chosen[best_of(np.where(chosen < 0, -np.inf, scores[clusters].ravel()), count)] if t >= 0}
 
 
 def test_states_of_earlier_passes_can_be_scored_by_either_head() -> None:
