@@ -11,9 +11,10 @@ here and there cost. So the common tokens are scored always, and the sieve looks
   unit that the sidecar keeps: here single rows cost no more than neighbours (docs/onnx.md). Without low-rank
   rows all tokens of the best clusters are.
 
-Low-rank rows of chosen clusters are gathered as codes of 7 bits, one product of integers scores them all. They
-are divided by what their axis and their row have at most; 7 bits, since products of bytes may overflow 16 bits
-on CPUs without dot products of bytes.
+Low-rank rows of chosen clusters are gathered as codes of 7 bits, axis by axis, [rank, tokens] a cluster: of
+unsigned bytes times such a matrix ONNX Runtime has a product that need not rearrange it. Rows are divided by
+what their axis and they themselves have at most; 7 bits, since products of bytes may overflow 16 bits on CPUs
+without dot products of bytes.
 
 The rows of an int4 or int8 head are not made floats, which takes longer than all the rest. The states are
 rounded to int8 in blocks of 32, as MatMulNBits rounds them, and put on the diagonal of a matrix of blocks; a
@@ -42,8 +43,9 @@ COMMON = 16  # one token of so many is common
 SEEN = 4  # and one common token of so many is so since text has it often
 TOKENS_PER_UNIT = {True: 0.5, False: 2}  # with and without routers
 _NEVER = -1e30  # added to a score: all others are better
-_TO_FLOAT, _TO_INT8 = 1, 3
-_MIDDLE = 64  # code of 0
+_TINY = 1e-30
+_TO_FLOAT, _TO_UINT8, _TO_INT8 = 1, 2, 3
+_MIDDLE = 64  # code of 0 among those of 7 bits
 
 
 def common_tokens(tokenizer: Tokenizer, vocab_size: int) -> npt.NDArray[np.int64]:
@@ -125,25 +127,27 @@ class Flash:
         """Scores [1, S, clusters, size] by the low-rank rows of the ``best`` clusters."""
         projection, rows = self._floats("head.projection"), self._floats("head.rows")
         rank, size = rows.shape[1], self.tokens.shape[1]
-        axes = np.abs(rows).max(0) + np.float32(1e-30)
+        axes = np.abs(rows).max(0) + _TINY
         rows /= axes
-        top = np.abs(rows).max(1) + np.float32(1e-30)
-        codes = np.rint(rows * ((_MIDDLE - 1) / top)[:, None] + _MIDDLE).astype(np.uint8)
+        top = np.abs(rows).max(1) + _TINY
+        codes = np.rint(rows * ((_MIDDLE - 1) / top)[:, None]).astype(np.int8)
+        scales = top.reshape(self.tokens.shape)
+        # The codes of the state have _MIDDLE added: that times the sum of the row's codes is to be taken off.
+        offsets = -_MIDDLE * codes.sum(1, dtype=np.float32).reshape(scales.shape) * scales
+        by_axis = np.ascontiguousarray(codes.reshape(-1, size, rank).transpose(0, 2, 1))
         matrix = np.ascontiguousarray((projection * axes[:, None]).T)
-        shape = (len(self.tokens), size * rank)
-        packed = g.weight("flash.rows", "uint8", shape, [codes])
-        scales = g.weight("flash.scales", "float32", self.tokens.shape, [top])
-        to_image = g.weight("flash.projection", "float32", matrix.shape, [matrix])
-        image = g.node("MatMul", states, to_image)
+        packed = g.weight("flash.rows", "int8", by_axis.shape, [by_axis])
+        by_scale = g.weight("flash.scales", "float32", scales.shape, [scales])
+        by_offset = g.weight("flash.offsets", "float32", scales.shape, [offsets])
+        image = g.node("MatMul", states, g.weight("flash.projection", "float32", matrix.shape, [matrix]))
         most = g.node("ReduceMax", g.node("Abs", image), _shape(g, 2), keepdims=1)
-        scale = g.node("Div", g.node("Max", most, g.constant(np.array(1e-30, np.float32))), _number(g, 127))
-        whole = g.node("Cast", g.node("Round", g.node("Div", image, scale)), to=_TO_INT8)
-        column = g.node("Unsqueeze", whole, _shape(g, 3))
-        found = g.node("Reshape", g.node("Gather", packed, best), _shape(g, 1, -1, self.clusters * size, rank))
-        middle = g.constant(np.array(_MIDDLE, np.uint8))
-        sums = g.node("Cast", g.node("MatMulInteger", found, column, middle), to=_TO_FLOAT)
-        apart = g.node("Reshape", sums, _shape(g, 1, -1, self.clusters, size))
-        return g.node("Mul", apart, g.node("Gather", scales, best))
+        scale = g.node("Div", g.node("Max", most, _number(g, _TINY)), _number(g, _MIDDLE - 1))
+        whole = g.node("Add", g.node("Round", g.node("Div", image, scale)), _number(g, _MIDDLE))
+        row = g.node("Unsqueeze", g.node("Cast", whole, to=_TO_UINT8), _shape(g, 2, 3))
+        sums = g.node("MatMulInteger", row, g.node("Gather", packed, best))
+        sums = g.node("Squeeze", g.node("Cast", sums, to=_TO_FLOAT), _shape(g, 3))
+        scaled = g.node("Mul", sums, g.node("Gather", by_scale, best))
+        return g.node("Add", scaled, g.node("Gather", by_offset, best))
 
     def _matrix(self, w: Weights, name: str) -> Stored:
         info, data = self._tensor(name)
