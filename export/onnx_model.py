@@ -20,9 +20,9 @@ Outputs:
 
     logits        float32 [1, R + E, vocab]    by the dense head; [1, 0, vocab] where ``flash`` is true
     hidden        float32 [1, R, dim]          final states of ``rows``, normalised: what the heads see
-    flash_ids     int64   [1, R + E, N]        the tokens that the FlashHead scored, each once; [1, 0, N]
-                                               where ``flash`` is false
-    flash_logits  float32 [1, R + E, N]        their logits; -inf, with id 0, where a cluster has fewer tokens
+    flash_ids     int64   [1, R + E, N]        the tokens that the FlashHead scored, each once, first those it
+                                               always scores; [1, 0, N] where ``flash`` is false
+    flash_logits  float32 [1, R + E, N]        their logits; -inf, with id 0, where fewer were found
     k_out.i, v_out.i, conv_out.i               the caches after the pass
 
 ``k_out.i`` is to be bound to the memory of ``k.i``, and so are the others: then T rows of each cache are

@@ -86,7 +86,7 @@ def best_of(scores: np.ndarray, count: int) -> np.ndarray:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_rare_tokens_with_the_best_scores_are_chosen(recipe: str) -> None:
     """As the sidecar's tensors rank them, computed here."""
-    path, sidecar = flash_graph("llama", recipe, "f32")
+    _, sidecar = flash_graph("llama", recipe, "f32")
     ids, logits, _, hidden = both("llama", recipe, "f32")
     flash = Flash.of(sidecar, common("llama"))
     assert SPECIAL in flash.common
@@ -111,7 +111,8 @@ def expected_rare(flash: Flash, state: np.ndarray) -> set[int]:
         clusters = best_of(cluster_scores(sidecar, state), -(-sidecar.probes // 2))
         count = -(-sidecar.keep // 2)
     chosen = tokens[clusters].ravel()
-    return {t for t in chosen[best_of(np.where(chosen < 0, -np.inf, scores[clusters].ravel()), count)] if t >= 0}
+    best = chosen[best_of(np.where(chosen < 0, -np.inf, scores[clusters].ravel()), count)]
+    return set(best[best >= 0])
 
 
 def test_states_of_earlier_passes_can_be_scored_by_either_head() -> None:
