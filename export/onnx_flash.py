@@ -53,7 +53,7 @@ def common_tokens(tokenizer: Tokenizer, vocab_size: int) -> npt.NDArray[np.int64
     lowest ids, which are the first that were made when a vocabulary was learned by merging."""
     seen = np.zeros(vocab_size, np.int64)
     for domain in load_domains(tokenizer):
-        for piece in (*domain.fit, *domain.held):
+        for piece in domain.fit:
             np.add.at(seen, piece, 1)
     count = -(-vocab_size // COMMON)
     by_count = np.argsort(-seen, kind="stable")[: count // SEEN]
