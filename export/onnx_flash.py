@@ -13,8 +13,8 @@ here and there cost. So the common tokens are scored always, and the sieve looks
 
 Low-rank rows of chosen clusters are gathered as codes of 7 bits, axis by axis, [rank, tokens] a cluster: of
 unsigned bytes times such a matrix ONNX Runtime has a product that need not rearrange it. Rows are divided by
-what their axis and they themselves have at most; 7 bits, since products of bytes may overflow 16 bits on CPUs
-without dot products of bytes.
+what their axis and they themselves have at most; 7 bits, since the sum of two products must fit into 16 bits on
+CPUs without dot products of bytes.
 
 The rows of an int4 or int8 head are not made floats, which takes longer than all the rest. The states are
 rounded to int8 in blocks of 32, as MatMulNBits rounds them, and put on the diagonal of a matrix of blocks; a
@@ -45,7 +45,7 @@ TOKENS_PER_UNIT = {True: 0.5, False: 2}  # with and without routers
 _NEVER = -1e30  # added to a score: all others are better
 _TINY = 1e-30
 _TO_FLOAT, _TO_UINT8, _TO_INT8 = 1, 2, 3
-_MIDDLE = 64  # code of 0 among those of 7 bits
+_ROW, _STATE = 63, 127  # largest codes: two products of these bytes, 128 added to one, fit into 16 bits
 
 
 def common_tokens(tokenizer: Tokenizer, vocab_size: int) -> npt.NDArray[np.int64]:
@@ -96,53 +96,60 @@ class Flash:
     def choose(self, g: Graph, w: Weights, states: str) -> str:
         """The rare tokens to score, int64 [1, S, rare], of ``states`` [1, S, dim]; -1: none."""
         low, routers = ("lowrank" in self.sidecar.recipe), ("clusters" in self.sidecar.recipe)
-        tokens = g.weight("flash.tokens", "int64", self.tokens.shape, [self.tokens])
-        flat = _shape(g, 1, -1, self.clusters * self.tokens.shape[1])
-        none = np.where(self.tokens < 0, np.float32(_NEVER), np.float32(0))
-        penalty = g.weight("flash.none", "float32", none.shape, [none])
+        size = self.tokens.shape[1]
         if routers:
             bias = self._read("head.bias").view(np.float32)
             name = g.weight("head.bias", "float32", bias.shape, [bias])
             best = _top(g, w.product(states, self._matrix(w, "head.routers"), (1, "S"), name), self.clusters)
-            scores = self._some_low_rank(g, w, states, best) if low else ""
+            if not low:
+                tokens = g.weight("flash.tokens", "int64", self.tokens.shape, [self.tokens])
+                return g.node("Reshape", g.node("Gather", tokens, best), _shape(g, 1, -1, self.rare))
+            scores = self._some_low_rank(g, w, states, best)
         else:
-            scores, best = self._all_low_rank(g, w, states, penalty)
-        found = g.node("Reshape", g.node("Gather", tokens, best), flat)
-        if not low:
-            return found
-        scores = g.node("Add", scores, g.node("Gather", penalty, best))
-        chosen = _top(g, g.node("Reshape", scores, flat), self.rare)
-        return g.node("GatherElements", found, chosen, axis=2)
+            scores, best = self._all_low_rank(g, w, states)
+        chosen = _top(g, g.node("Reshape", scores, _shape(g, 1, -1, self.clusters * size)), self.rare)
+        tokens = g.weight("flash.tokens", "int64", (self.tokens.size,), [self.tokens])
+        each = g.constant(np.array(size, np.int64))
+        cluster = g.node("GatherElements", best, g.node("Div", chosen, each), axis=2)
+        place = g.node("Add", g.node("Mul", cluster, each), g.node("Mod", chosen, each))
+        return g.node("Gather", tokens, place)
 
-    def _all_low_rank(self, g: Graph, w: Weights, states: str, penalty: str) -> tuple[str, str]:
-        """(scores [1, S, clusters, size], the best clusters) by the low-rank rows of all tokens."""
+    def _penalty(self) -> npt.NDArray[np.float32]:
+        """What keeps places without a rare token from being chosen, [clusters, size]."""
+        return np.where(self.tokens < 0, np.float32(_NEVER), np.float32(0))
+
+    def _all_low_rank(self, g: Graph, w: Weights, states: str) -> tuple[str, str]:
+        """(scores [1, S, clusters, size] of the best clusters, these clusters) by the low-rank rows of all
+        tokens."""
         image = w.product(states, self._matrix(w, "head.projection"), (1, "S"))
         flat = w.product(image, self._matrix(w, "head.rows"), (1, "S"))
         each = g.node("Reshape", flat, _shape(g, 1, -1, *self.tokens.shape))
-        worth = g.node("ReduceMax", g.node("Add", each, penalty), _shape(g, 3), keepdims=0)
-        best = _top(g, worth, self.clusters)
+        each = g.node("Add", each, g.weight("flash.none", "float32", self.tokens.shape, [self._penalty()]))
+        best = _top(g, g.node("ReduceMax", each, _shape(g, 3), keepdims=0), self.clusters)
         return g.node("GatherND", each, g.node("Unsqueeze", best, _shape(g, 3)), batch_dims=2), best
 
     def _some_low_rank(self, g: Graph, w: Weights, states: str, best: str) -> str:
         """Scores [1, S, clusters, size] by the low-rank rows of the ``best`` clusters."""
-        projection, rows = self._floats("head.projection"), self._floats("head.rows")
+        info, data = self._tensor("head.rows")
+        rows = dequantise(data, info.type, info.shape[1])
         rank, size = rows.shape[1], self.tokens.shape[1]
         axes = np.abs(rows).max(0) + _TINY
         rows /= axes
         top = np.abs(rows).max(1) + _TINY
-        codes = np.rint(rows * ((_MIDDLE - 1) / top)[:, None]).astype(np.int8)
+        codes = np.rint(rows * (_ROW / top)[:, None]).astype(np.int8)
         scales = top.reshape(self.tokens.shape)
-        # The codes of the state have _MIDDLE added: that times the sum of the row's codes is to be taken off.
-        offsets = -_MIDDLE * codes.sum(1, dtype=np.float32).reshape(scales.shape) * scales
+        # The codes of the state are made positive: what that adds to a row's product is taken off.
+        offsets = -(_STATE + 1) * codes.sum(1, dtype=np.float32).reshape(scales.shape) * scales
+        offsets += self._penalty()
         by_axis = np.ascontiguousarray(codes.reshape(-1, size, rank).transpose(0, 2, 1))
-        matrix = np.ascontiguousarray((projection * axes[:, None]).T)
         packed = g.weight("flash.rows", "int8", by_axis.shape, [by_axis])
         by_scale = g.weight("flash.scales", "float32", scales.shape, [scales])
         by_offset = g.weight("flash.offsets", "float32", scales.shape, [offsets])
-        image = g.node("MatMul", states, g.weight("flash.projection", "float32", matrix.shape, [matrix]))
+        image = w.product(states, self._matrix(w, "head.projection"), (1, "S"))
+        image = g.node("Mul", image, g.weight("flash.axes", "float32", axes.shape, [axes]))
         most = g.node("ReduceMax", g.node("Abs", image), _shape(g, 2), keepdims=1)
-        scale = g.node("Div", g.node("Max", most, _number(g, _TINY)), _number(g, _MIDDLE - 1))
-        whole = g.node("Add", g.node("Round", g.node("Div", image, scale)), _number(g, _MIDDLE))
+        scale = g.node("Div", g.node("Max", most, _number(g, _TINY)), _number(g, _STATE))
+        whole = g.node("Add", g.node("Round", g.node("Div", image, scale)), _number(g, _STATE + 1))
         row = g.node("Unsqueeze", g.node("Cast", whole, to=_TO_UINT8), _shape(g, 2, 3))
         sums = g.node("MatMulInteger", row, g.node("Gather", packed, best))
         sums = g.node("Squeeze", g.node("Cast", sums, to=_TO_FLOAT), _shape(g, 3))
@@ -152,10 +159,6 @@ class Flash:
     def _matrix(self, w: Weights, name: str) -> Stored:
         info, data = self._tensor(name)
         return w.coded(name, data, info.type, info.shape[1])
-
-    def _floats(self, name: str) -> npt.NDArray[np.float32]:
-        info, data = self._tensor(name)
-        return dequantise(data, info.type, info.shape[1])
 
     def _tensor(self, name: str) -> tuple[_native.TensorInfo, npt.NDArray[np.uint8]]:
         info = next(t for t in self.sidecar.file.tensors if t.name == name)
