@@ -5,8 +5,9 @@ here and there cost. So the common tokens are scored always, and the sieve looks
 
 - Routers: a product with a cluster's router is the score of the cluster.
 - Low-rank rows: a product with each token's row in a space of low rank. With routers it is taken of the
-  tokens of the best clusters, half as many as the sidecar probes; without, of all tokens, and the units of 16
-  tokens with the best of them go on, as many as the sidecar keeps.
+  tokens of the best clusters, three quarters of those that the sidecar probes: rare tokens alone are found
+  in fewer. Without, it is taken of all tokens, and the units of 16 tokens with the best of them go on, as many
+  as the sidecar keeps.
 - Of what is left the best tokens are scored with the dense head's own rows, :data:`TOKENS_PER_UNIT` for each
   unit that the sidecar keeps: here single rows cost no more than neighbours (docs/onnx.md). Without low-rank
   rows all tokens of the best clusters are.
@@ -83,7 +84,7 @@ class Flash:
         tokens = np.where(np.isin(tokens, always), -1, tokens).reshape(-1, size)
         clusters = sidecar.keep
         if routers:
-            clusters = -(-sidecar.probes // 2) if low else sidecar.probes
+            clusters = -(-sidecar.probes * 3 // 4) if low else sidecar.probes
         clusters = min(clusters, len(tokens))
         wanted = int(np.ceil(sidecar.keep * TOKENS_PER_UNIT[routers])) if low else clusters * size
         return cls(sidecar, always, tokens, clusters, min(wanted, clusters * size))

@@ -22,7 +22,7 @@ from edgert.export.onnx_graph import Graph
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64  # SmolLM2-135M's attention
 VOCAB, DIM, BLOCK = 262144, 640, 32  # Gemma-3-270M's head
-CLUSTER, CHOSEN, RANK = 64, 330, 256  # its FlashHead: tokens of a cluster, clusters chosen
+CLUSTER, CHOSEN, RANK = 64, 495, 256  # its FlashHead: tokens of a cluster, clusters chosen
 SWEPT = np.ones(24_000_000, np.float32)  # larger than the caches
 Feeds = Mapping[str, npt.NDArray[Any]]
 
