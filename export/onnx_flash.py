@@ -1,21 +1,21 @@
 """The FlashHead of a sidecar as nodes of an ONNX graph (FlashHead, arXiv 2603.14591).
 
-Few tokens are common, and one product with their rows costs ONNX Runtime a twentieth of what as many rows
-here and there cost. So the common tokens are scored always, and the sieve looks for rare ones only:
+Few tokens are common, and one product with their rows costs ONNX Runtime far less than gathering as many.
+So the common tokens are scored always, and the sieve looks for rare ones only:
 
 - Routers: a product with a cluster's router is the score of the cluster.
 - Low-rank rows: a product with each token's row in a space of low rank. With routers it is taken of the
   tokens of the best clusters, three quarters of those that the sidecar probes: rare tokens alone are found
-  in fewer. Without, it is taken of all tokens, and the units of 16 tokens with the best of them go on, as many
-  as the sidecar keeps.
+  in fewer. Without, it is taken of all tokens, and the units of 16 tokens with the best of them go on, as
+  many as the sidecar keeps.
 - Of what is left the best tokens are scored with the dense head's own rows, :data:`TOKENS_PER_UNIT` for each
   unit that the sidecar keeps: here single rows cost no more than neighbours (docs/onnx.md). Without low-rank
   rows all tokens of the best clusters are.
 
 Low-rank rows of chosen clusters are gathered as codes of 7 bits, axis by axis, [rank, tokens] a cluster: of
 unsigned bytes times such a matrix ONNX Runtime has a product that need not rearrange it. Rows are divided by
-what their axis and they themselves have at most; 7 bits, since the sum of two products must fit into 16 bits on
-CPUs without dot products of bytes.
+what their axis and they themselves have at most; 7 bits, since the sum of two products must fit into 16 bits
+on CPUs without dot products of bytes.
 
 The rows of an int4 or int8 head are not made floats, which takes longer than all the rest. The states are
 rounded to int8 in blocks of 32, as MatMulNBits rounds them, and put on the diagonal of a matrix of blocks; a
