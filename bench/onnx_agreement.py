@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from edgert.bench.eval_texts import make_documents
 from edgert.bench.onnx_run import Run
 
@@ -20,6 +21,7 @@ from edgert import _native
 from edgert.tokenizer import Tokenizer
 
 LENGTH, SKIPPED = 128, 8  # tokens of a sequence, and how many at its beginning are not scored
+TOGETHER = 8  # states that the FlashHead scores in one pass: each needs megabytes of gathered rows
 
 
 def texts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
@@ -27,6 +29,16 @@ def texts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
         for at in range(0, len(document.tokens), LENGTH):
             piece = document.tokens[at : at + LENGTH]
             yield document.source, [*document.tokens[:1] * (at > 0), *piece]
+
+
+def best(run: Run, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """The FlashHead's first token for each of the states ``hidden`` [1, n, dim]."""
+    found = []
+    for at in range(0, hidden.shape[1], TOGETHER):
+        states, outputs = hidden[:, at : at + TOGETHER], ("flash_ids", "flash_logits")
+        ids, logits = run([0], 0, outputs, [], flash=np.array(True), more_states=states)
+        found.append(np.take_along_axis(ids[0], logits[0].argmax(-1)[:, None], 1)[:, 0])
+    return np.concatenate(found)
 
 
 def main() -> int:
@@ -38,10 +50,9 @@ def main() -> int:
     counts: dict[str, list[bool]] = {}
     for name, tokens in texts(Tokenizer.from_gguf(file.metadata)):
         rows = list(range(SKIPPED, len(tokens)))
-        dense = run(tokens, 0, ("logits",), rows)[0][0].argmax(-1)
-        ids, logits = run(tokens, 0, ("flash_ids", "flash_logits"), rows, flash=np.array(True))
-        found = np.take_along_axis(ids[0], logits[0].argmax(-1)[:, None], 1)[:, 0]
-        counts.setdefault(name, []).extend((found == dense).tolist())
+        logits, hidden = run(tokens, 0, ("logits", "hidden"), rows)
+        found = best(run, hidden)
+        counts.setdefault(name, []).extend((found == logits[0].argmax(-1)).tolist())
     about = json.loads((args.directory / "edgert.json").read_text())["flash_head"]
     print(f"{about['tokens']} tokens scored; the sidecar's agreement: {about['quality'].get('agreement')}\n")
     print("| text | positions | agreement |\n|---|---|---|")

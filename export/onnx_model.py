@@ -23,9 +23,9 @@ Outputs:
     queries       float32 [1, R, layers * heads * head dim]   rotated queries of ``rows``, of the layers that
                                                see everything in their order; only in graphs with such
                                                layers
-    flash_ids     int64   [1, R + E, N]        the tokens that the FlashHead scored, each once; [1, 0, N]
-                                               where ``flash`` is false
-    flash_logits  float32 [1, R + E, N]        their logits; -inf, with id 0, where a cluster has fewer tokens
+    flash_ids     int64   [1, R + E, N]        the tokens that the FlashHead scored, each once, first those it
+                                               always scores; [1, 0, N] where ``flash`` is false
+    flash_logits  float32 [1, R + E, N]        their logits; -inf, with id 0, where fewer were found
     k_out.i, v_out.i, conv_out.i               the caches after the pass
 
 ``k_out.i`` is to be bound to the memory of ``k.i``, and so are the others: then T rows of each cache are
@@ -43,7 +43,7 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import onnx
-from edgert.export.onnx_flash import Flash
+from edgert.export.onnx_flash import Flash, common_tokens
 from edgert.export.onnx_graph import Graph
 from edgert.export.onnx_heads import add_heads
 from edgert.export.onnx_layers import add_body, norm
@@ -52,6 +52,7 @@ from edgert.models import ModelSpec
 
 from edgert import _native
 from edgert.sidecar import Sidecar
+from edgert.tokenizer import Tokenizer
 
 PRODUCER = "edgert"
 
@@ -74,7 +75,9 @@ def build(
     g.input("positions", "int64", (1, "T"))
     g.input("rows", "int64", ("R",))
     g.input("more_states", "float32", (1, "E", spec.dim))
-    flash = Flash.of(sidecar) if sidecar else None
+    flash = None
+    if sidecar:
+        flash = Flash.of(sidecar, common_tokens(Tokenizer.from_gguf(file.metadata), spec.vocab_size))
     table = w.matrix(["token_embd.weight"], by_row=True)
     x = add_body(g, w, spec, w.rows(table, "input_ids", (1, "T", spec.dim)))
     wanted = g.node("Gather", x, "rows", axis=1)

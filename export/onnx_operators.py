@@ -22,6 +22,8 @@ from edgert.export.onnx_graph import Graph
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64  # SmolLM2-135M's attention
 VOCAB, DIM, BLOCK = 262144, 640, 32  # Gemma-3-270M's head
+CLUSTER, CHOSEN, RANK = 64, 495, 256  # its FlashHead: tokens of a cluster, clusters chosen
+SWEPT = np.ones(24_000_000, np.float32)  # larger than the caches
 Feeds = Mapping[str, npt.NDArray[Any]]
 
 
@@ -40,9 +42,11 @@ def session(make: Callable[[Graph], None], opset: int = 24) -> onnxruntime.Infer
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def timed(run: Callable[[], object], repeats: int) -> str:
+def timed(run: Callable[[], object], repeats: int, cold: bool = False) -> str:
     taken = []
     for _ in range(repeats + 1):
+        if cold:
+            SWEPT.sum()
         began = time.process_time()
         run()
         taken.append(1000 * (time.process_time() - began))
@@ -148,6 +152,45 @@ def product_table() -> None:
         print(f"| {rows} x {cols}, {bits} bits, accuracy_level {level} | {new} | {figures} |", flush=True)
 
 
+def sieve(g: Graph, way: str) -> None:
+    """Low-rank scores of ``CHOSEN`` clusters of ``CLUSTER`` tokens each, or of all tokens."""
+    rng, clusters = np.random.default_rng(0), VOCAB // CLUSTER
+    if way == "all, int4":
+        one_product(g, VOCAB, RANK, 4, 4)
+        return
+    g.input("best", "int64", (1, CHOSEN))
+    if way == "rows":
+        codes = rng.integers(0, 128, (clusters, CLUSTER, RANK), np.uint8)
+        g.input("x", "int8", (1, RANK, 1))
+        found = g.node("Gather", g.weight("w", "uint8", codes.shape, [codes]), "best")
+        flat = g.node("Reshape", found, g.constant(np.array([1, -1, RANK], np.int64)))
+        g.node("MatMulInteger", flat, "x", name="y")
+        g.output("y", "int32", (1, CHOSEN * CLUSTER, 1))
+    else:
+        by_axis = rng.integers(-63, 64, (clusters, RANK, CLUSTER), np.int8)
+        g.input("x", "uint8", (1, 1, 1, RANK))
+        found = g.node("Gather", g.weight("w", "int8", by_axis.shape, [by_axis]), "best")
+        g.node("MatMulInteger", "x", found, name="y")
+        g.output("y", "int32", (1, CHOSEN, 1, CLUSTER))
+
+
+def sieve_table() -> None:
+    """Ways to score tokens by low-rank rows, with other data in the caches before each run."""
+    print(f"\n| low-rank scores, rank {RANK} | ms: least | median |\n|---|---|---|")
+    rng = np.random.default_rng(1)
+    best = rng.permutation(VOCAB // CLUSTER)[None, :CHOSEN].astype(np.int64)
+    state: Feeds = {
+        "all, int4": rng.standard_normal((1, 1, RANK), np.float32),
+        "rows": rng.integers(-63, 64, (1, RANK, 1), np.int8),
+        "axis by axis": rng.integers(0, 128, (1, 1, 1, RANK), np.uint8),
+    }
+    for way, x in state.items():
+        s = session(partial(sieve, way=way))
+        feeds = {"x": x} if way == "all, int4" else {"x": x, "best": best}
+        name = "all tokens" if way == "all, int4" else f"{CHOSEN} of {VOCAB // CLUSTER} clusters, int8, {way}"
+        print(f"| {name} | {timed(partial(s.run, ['y'], feeds), 15, cold=True)} |", flush=True)
+
+
 def outputs_table() -> None:
     """Whether a run that asks for one output computes the other."""
 
@@ -172,6 +215,7 @@ def outputs_table() -> None:
 def main() -> int:
     attention_table()
     product_table()
+    sieve_table()
     outputs_table()
     return 0
 

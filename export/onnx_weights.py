@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from edgert.export.onnx_graph import Graph
 from edgert.export.quantise import BLOCK, Codes, Matrix, q4_0, q8_0
 
@@ -86,6 +87,15 @@ class Weights:
         self._graph.store(name, "uint8", codes())
         self._graph.weight(name + ".scales", "float32", (rows, cols // BLOCK), scales)
         return Stored(name, rows, cols, bits, False, True)
+
+    def some_rows(self, of: Stored, ids: npt.NDArray[np.int64]) -> Stored:
+        """The rows ``ids`` of a matrix of one tensor as a matrix of their own, value for value."""
+        values, name = self._file.dequantize(of.name)[ids], of.name + ".some"
+        if of.bits:
+            return self._quantised(name, [values], len(ids), of.cols, of.bits)
+        dtype = "float16" if of.half else "float32"
+        self._graph.weight(name, dtype, (of.cols, len(ids)), [values.T.astype(dtype, copy=False)])
+        return Stored(name, len(ids), of.cols, 0, of.half, False)
 
     def coded(self, name: str, data: Codes, type: str, cols: int) -> Stored:
         """A matrix of GGUF's Q4_0 or Q8_0 ``data`` [rows, bytes], value for value."""

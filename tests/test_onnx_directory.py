@@ -15,6 +15,7 @@ from edgert.export import onnx_directory
 from edgert.export.gguf_writer import OutputError, write_gguf
 from edgert.export.hf_tokenizer_check import compare
 from edgert.export.onnx_directory import Request, export_directory
+from edgert.export.onnx_flash import COMMON
 from edgert.models import ModelSpec
 from flash_files import parts
 from hf_files import save
@@ -90,9 +91,10 @@ def test_a_flash_head_comes_from_the_sidecar(tmp_path: Path) -> None:
         target = export_directory(request, tmp_path / "out", make, quiet, quiet)
     assert made == [model]  # once: then it was there
     head = json.loads((target / "edgert.json").read_text())["flash_head"]
-    assert head == {"recipe": "lowrank", "tokens": 5, "quality": {"agreement": 0.5}}
+    tokens = -(-tiny("llama").spec.vocab_size // COMMON) + 4  # common ones and two for each of two units
+    assert head == {"recipe": "lowrank", "tokens": tokens, "quality": {"agreement": 0.5}}
     ids = Run(target / "model.onnx")(prompt(tiny("llama"), 4), 0, ("flash_ids",), flash=np.array(True))[0]
-    assert ids.shape == (1, 4, 5)
+    assert ids.shape == (1, 4, tokens)
 
 
 def test_a_hugging_face_directory_gives_the_graph_of_its_gguf_file(tmp_path: Path) -> None:
