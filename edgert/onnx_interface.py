@@ -30,6 +30,7 @@ OPERATORS = {
             "Conv": "group",
             "Cos": "",
             "Div": "",
+            "Expand": "",
             "Floor": "",
             "Gather": "axis",
             "GatherElements": "axis",
@@ -41,6 +42,7 @@ OPERATORS = {
             "MatMul": "",
             "MatMulInteger": "",
             "Max": "",
+            "Mod": "",
             "Mul": "",
             "ReduceMax": "keepdims",
             "ReduceSum": "keepdims",
@@ -65,6 +67,9 @@ OPERATORS = {
     (CONTRIB, "GroupQueryAttention"): frozenset(("num_heads", "kv_num_heads", "scale", "local_window_size")),
     (CONTRIB, "MatMulNBits"): frozenset(("K", "N", "bits", "block_size", "accuracy_level")),
 }
+
+# How the names of a FlashHead's own tensors begin.
+OF_FLASH = ("head.", "flash.", "token_embd.weight.some", "output.weight.some")
 
 Shape = tuple[int | str, ...]
 Typed = tuple[int, Shape]  # a type and a shape

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from . import _native
 from .memory_left import PYTHON_BYTES
 from .onnx_directory import TOKENIZER
-from .onnx_interface import BLOCK, ITEM_BYTES, matrices
+from .onnx_interface import BLOCK, ITEM_BYTES, OF_FLASH, matrices
 from .planner import Part
 from .tokenizer_memory import tokenizer_bytes
 
@@ -68,7 +68,7 @@ def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
             extra = stored if blocks else 4 * count
     multiplied = {node.inputs[1] for node in all_nodes(graph) if node.op == "MatMulNBits"}
     for tensor in graph.initializers:
-        if tensor.name.startswith(("head.", "flash.")):
+        if tensor.name.startswith(OF_FLASH):
             size = ITEM_BYTES[tensor.dtype] * math.prod(tensor.dims)
             if tensor.name in multiplied:
                 packed += size + BLOCK_BYTES * math.prod(tensor.dims[:2])
