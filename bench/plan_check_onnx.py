@@ -34,7 +34,7 @@ from edgert.rates import Rates, rates_for
 from edgert.tokenizer import Tokenizer
 
 ROUNDS = 4
-QUIET = 0.7
+QUIET = 0.85
 
 _CHILD = """
 import json, sys
