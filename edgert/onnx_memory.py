@@ -138,7 +138,8 @@ def parts(
         Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
         Part("tokenizer", tokenizer + kept, "with the metadata it is made of"),
     ]
-    looked_up = 1 if head == "dense" else 1 + _flash_tokens(directory) / FLASH_ROWS
+    rare = directory.flash_head["rare"] if directory.flash_head and head != "dense" else 0
+    looked_up = 1 + rare / FLASH_ROWS
     rows = round(weights.rows * (1 - math.exp(-context * looked_up * ROW_BYTES / weights.rows)))
     loading = weights.extra - rows - sum(part.bytes for part in later)
     found = [
@@ -152,10 +153,6 @@ def parts(
         Part("Python", PYTHON_BYTES, "and its libraries"),
     ]
     return tuple(part for part in found if part.bytes)
-
-
-def _flash_tokens(directory: OnnxDirectory) -> int:
-    return directory.flash_head["tokens"] if directory.flash_head else 0
 
 
 def _layers(window: int) -> str:

@@ -173,7 +173,7 @@ def add_flash_head(
     g: Graph, w: Weights, spec: ModelSpec, head: Stored, states: str, flash: Flash
 ) -> tuple[str, str]:
     """(ids, logits), [1, S, count] both, of ``states`` [1, S, dim]: first the common tokens."""
-    common = w.some_rows(head, flash.common)
+    common = w.some_rows(head, flash.common, "flash.common.weight")
     always = w.product(states, common, (1, "S"))
     names = g.weight("flash.common", "int64", (1, 1, len(flash.common)), [flash.common])
     found = flash.choose(g, w, states)
