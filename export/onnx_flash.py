@@ -117,7 +117,8 @@ class Flash:
 
     def _penalty(self) -> npt.NDArray[np.float32]:
         """What keeps places without a rare token from being chosen, [clusters, size]."""
-        return np.where(self.tokens < 0, np.float32(_NEVER), np.float32(0))
+        penalty: npt.NDArray[np.float32] = np.where(self.tokens < 0, np.float32(_NEVER), np.float32(0))
+        return penalty
 
     def _all_low_rank(self, g: Graph, w: Weights, states: str) -> tuple[str, str]:
         """(scores [1, S, clusters, size] of the best clusters, these clusters) by the low-rank rows of all
