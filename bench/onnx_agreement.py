@@ -1,7 +1,8 @@
 """How often the FlashHead of an exported graph has the dense head's token first: ``python -m
 edgert.bench.onnx_agreement DIR``.
 
-Both heads score the same states of one graph, on prose and code that no calibration saw.
+Both heads score the same states of one graph, on prose and code that no calibration saw, or on the text in
+``--file``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ LENGTH, SKIPPED = 128, 8  # tokens of a sequence, and how many at its beginning 
 TOGETHER = 8  # states that the FlashHead scores in one pass: each needs megabytes of gathered rows
 
 
-def texts(tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
-    for document in make_documents(tokenizer, 1024):
+def texts(tokenizer: Tokenizer, file: Path | None) -> Iterator[tuple[str, list[int]]]:
+    for document in make_documents(tokenizer, 1024, file):
         for at in range(0, len(document.tokens), LENGTH):
             piece = document.tokens[at : at + LENGTH]
             yield document.source, [*document.tokens[:1] * (at > 0), *piece]
@@ -44,11 +45,12 @@ def best(run: Run, hidden: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m edgert.bench.onnx_agreement")
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--file", type=Path, help="a text of at least 256 tokens instead")
     args = parser.parse_args()
     file = _native.GgufFile(str(args.directory / "tokenizer.gguf"))
     run = Run(args.directory / "model.onnx", 2 * LENGTH, 2 * LENGTH, 2)
     counts: dict[str, list[bool]] = {}
-    for name, tokens in texts(Tokenizer.from_gguf(file.metadata)):
+    for name, tokens in texts(Tokenizer.from_gguf(file.metadata), args.file):
         rows = list(range(SKIPPED, len(tokens)))
         logits, hidden = run(tokens, 0, ("logits", "hidden"), rows)
         found = best(run, hidden)

@@ -148,7 +148,13 @@ def _keys(values: Mapping[str, Any], prefix: str) -> Reader:
 def _flash_head(values: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     reader = _keys(values, "flash_head.")
     tokens = reader.integer("tokens", high=2 * spec.vocab_size)
-    head = {"recipe": reader.text("recipe"), "tokens": tokens, "quality": reader.mapping("quality")}
+    head = {
+        "recipe": reader.text("recipe"),
+        "tokens": tokens,
+        "rare": reader.integer("rare", high=tokens),
+        "clusters": reader.integer("clusters", high=2 * spec.vocab_size),
+        "quality": reader.mapping("quality"),
+    }
     reader.finish()
     return head
 

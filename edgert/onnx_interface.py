@@ -68,9 +68,6 @@ OPERATORS = {
     (CONTRIB, "MatMulNBits"): frozenset(("K", "N", "bits", "block_size", "accuracy_level")),
 }
 
-# How the names of a FlashHead's own tensors begin.
-OF_FLASH = ("head.", "flash.", "token_embd.weight.some", "output.weight.some")
-
 Shape = tuple[int | str, ...]
 Typed = tuple[int, Shape]  # a type and a shape
 

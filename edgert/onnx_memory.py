@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from . import _native
 from .memory_left import PYTHON_BYTES
 from .onnx_directory import TOKENIZER
-from .onnx_interface import BLOCK, ITEM_BYTES, OF_FLASH, matrices
+from .onnx_interface import BLOCK, ITEM_BYTES, matrices
 from .planner import Part
 from .tokenizer_memory import tokenizer_bytes
 
@@ -68,7 +68,7 @@ def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
             extra = stored if blocks else 4 * count
     multiplied = {node.inputs[1] for node in all_nodes(graph) if node.op == "MatMulNBits"}
     for tensor in graph.initializers:
-        if tensor.name.startswith(OF_FLASH):
+        if tensor.name.startswith(("head.", "flash.")):
             size = ITEM_BYTES[tensor.dtype] * math.prod(tensor.dims)
             if tensor.name in multiplied:
                 packed += size + BLOCK_BYTES * math.prod(tensor.dims[:2])
@@ -141,7 +141,8 @@ def parts(
         Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
         Part("tokenizer", tokenizer + kept, "with the metadata it is made of"),
     ]
-    looked_up = 1 if head == "dense" else 1 + _flash_tokens(directory) / FLASH_ROWS
+    rare = directory.flash_head["rare"] if directory.flash_head and head != "dense" else 0
+    looked_up = 1 + rare / FLASH_ROWS
     rows = round(weights.rows * (1 - math.exp(-context * looked_up * ROW_BYTES / weights.rows)))
     loading = weights.extra - rows - sum(part.bytes for part in later)
     found = [
@@ -155,10 +156,6 @@ def parts(
         Part("Python", PYTHON_BYTES, "and its libraries"),
     ]
     return tuple(part for part in found if part.bytes)
-
-
-def _flash_tokens(directory: OnnxDirectory) -> int:
-    return directory.flash_head["tokens"] if directory.flash_head else 0
 
 
 def _layers(window: int) -> str:

@@ -188,7 +188,7 @@ def _check_initializers(directory: OnnxDirectory, graph: Graph) -> None:
                 raise _Foreign(f"initializer {name}: expected {size} bytes, found {tensor.raw}")
             continue
         _check_external(directory, tensor, size)
-        if tensor.name.startswith(interface.OF_FLASH) and directory.flash_head:
+        if tensor.name.startswith(("head.", "flash.")) and directory.flash_head:
             of_flash += 1
             _check_flash(directory, tensor, of_flash)
         elif tensor.name not in allowed:

@@ -205,6 +205,8 @@ def _description(
         head = {
             "recipe": flash.sidecar.recipe,
             "tokens": flash.count,
+            "rare": flash.rare,
+            "clusters": flash.clusters,
             "quality": flash.sidecar.quality,
         }
     names = ("bos_id", "eos_id")

@@ -117,7 +117,8 @@ class Flash:
 
     def _penalty(self) -> npt.NDArray[np.float32]:
         """What keeps places without a rare token from being chosen, [clusters, size]."""
-        return np.where(self.tokens < 0, np.float32(_NEVER), np.float32(0))
+        penalty: npt.NDArray[np.float32] = np.where(self.tokens < 0, np.float32(_NEVER), np.float32(0))
+        return penalty
 
     def _all_low_rank(self, g: Graph, w: Weights, states: str) -> tuple[str, str]:
         """(scores [1, S, clusters, size] of the best clusters, these clusters) by the low-rank rows of all
@@ -173,7 +174,7 @@ def add_flash_head(
     g: Graph, w: Weights, spec: ModelSpec, head: Stored, states: str, flash: Flash
 ) -> tuple[str, str]:
     """(ids, logits), [1, S, count] both, of ``states`` [1, S, dim]: first the common tokens."""
-    common = w.some_rows(head, flash.common)
+    common = w.some_rows(head, flash.common, "flash.common.weight")
     always = w.product(states, common, (1, "S"))
     names = g.weight("flash.common", "int64", (1, 1, len(flash.common)), [flash.common])
     found = flash.choose(g, w, states)

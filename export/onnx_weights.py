@@ -88,9 +88,9 @@ class Weights:
         self._graph.weight(name + ".scales", "float32", (rows, cols // BLOCK), scales)
         return Stored(name, rows, cols, bits, False, True)
 
-    def some_rows(self, of: Stored, ids: npt.NDArray[np.int64]) -> Stored:
-        """The rows ``ids`` of a matrix of one tensor as a matrix of their own, value for value."""
-        values, name = self._file.dequantize(of.name)[ids], of.name + ".some"
+    def some_rows(self, of: Stored, ids: npt.NDArray[np.int64], name: str) -> Stored:
+        """The rows ``ids`` of a matrix of one tensor as the matrix ``name``, value for value."""
+        values = self._file.dequantize(of.name)[ids]
         if of.bits:
             return self._quantised(name, [values], len(ids), of.cols, of.bits)
         dtype = "float16" if of.half else "float32"

@@ -84,7 +84,7 @@ def test_run_reads_a_file_and_json_says_everything(model: Path, cache: str, tmp_
 
 
 def test_raw_continues_the_text(model: Path) -> None:
-    done = edgert("run", model, "The capital of France is", "--raw", "--max-tokens", 1)
+    done = edgert("run", model, "--raw", "The capital of France is", "--max-tokens", 1)
     assert done.stdout == " Paris\n"
 
 

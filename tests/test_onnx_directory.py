@@ -92,7 +92,8 @@ def test_a_flash_head_comes_from_the_sidecar(tmp_path: Path) -> None:
     assert made == [model]  # once: then it was there
     head = json.loads((target / "edgert.json").read_text())["flash_head"]
     tokens = -(-tiny("llama").spec.vocab_size // COMMON) + 4  # common ones and two for each of two units
-    assert head == {"recipe": "lowrank", "tokens": tokens, "quality": {"agreement": 0.5}}
+    rare = {"rare": 4, "clusters": 2}
+    assert head == {"recipe": "lowrank", "tokens": tokens, **rare, "quality": {"agreement": 0.5}}
     ids = Run(target / "model.onnx")(prompt(tiny("llama"), 4), 0, ("flash_ids",), flash=np.array(True))[0]
     assert ids.shape == (1, 4, tokens)
 

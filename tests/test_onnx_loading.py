@@ -27,7 +27,7 @@ def test_a_directory_is_run_by_the_onnx_engine() -> None:
         assert (model.engine.name, model.head, model.kv) == ("onnx", "flash", "f32")
         assert (model.context, model.trained_context) == (256, 256)
     assert model.head_note() == (
-        "flash head in the graph, 5 tokens, 50.00% of the dense head's as its sidecar was measured"
+        "flash head in the graph, 23 tokens, 50.00% of the dense head's as its sidecar was measured"
     )
     described = model.engine.describe()
     assert described["provider"] == "cpu" and described["threads"] == 1

@@ -145,8 +145,7 @@ def test_info() -> None:
     assert facts["flash_bytes_per_token"] > 0
     shown = command("info", path)
     assert (shown.returncode, shown.stderr) == (0, "")
-    count = facts["flash_head"]["tokens"]
-    assert f"lowrank, scores {count} tokens, 50.00% of the dense head's tokens" in shown.stdout
+    assert "lowrank, scores 23 tokens, 50.00% of the dense head's tokens" in shown.stdout
     assert "FlashHead" not in command("info", exported("lfm2")).stdout
 
 
@@ -155,7 +154,7 @@ import sys
 import edgert
 with edgert.load(sys.argv[1], context=300, threads=1, head="dense") as model:
     with model.session() as session:
-        print(session.generate(list(range(1000, 1252)), max_tokens=48, stop_at_eos=False).stats.peak_memory)
+        print(session.generate(list(range(1000, 1252)), max_tokens=48).stats.peak_memory)
 """
 
 

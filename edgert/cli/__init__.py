@@ -72,9 +72,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
             )
             _module(name).add_arguments(sub)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
     if args.verb is None:
         parser.error("a verb is missing")
+    if rest:  # before Python 3.13 a positional argument that may be left out is none after an option
+        at = argv.index(args.verb)
+        parser.parse_args(argv[:at])
+        known = argparse.Namespace(verb=args.verb, debug=args.debug)
+        return verbs.choices[args.verb].parse_intermixed_args(argv[at + 1 :], known)
     return args
 
 

@@ -135,13 +135,16 @@ class OnnxEngine:
 
 def bytes_of_a_step(graph: Graph, directory: OnnxDirectory) -> tuple[int, int, int]:
     """Bytes of weights that a step reads for the layers, for the dense head, and for the FlashHead (0: there
-    is none). Of tables that rows are taken of it is these rows, and nothing of those of tokens alone."""
+    is none). Of tables that rows or clusters are taken of it is these, and nothing of tables of ids."""
     spec, sizes = directory.spec, dict[tuple[str, str], int]()
+    clusters = 0
     for tensor in graph.initializers:
         if tensor.external:  # under several names where operators want several shapes
             # float16 is made float32 when it is loaded.
             size = int(tensor.external["length"]) * (2 if tensor.dtype == _FLOAT16 else 1)
             sizes[tensor.name.partition(".weight")[0], tensor.external["offset"]] = size
+            if tensor.name == "flash.rows":
+                clusters = tensor.dims[0]
     table, head = "token_embd", "token_embd" if spec.tied_head else "output"
 
     def total(chosen: Callable[[str], bool]) -> int:
@@ -150,9 +153,11 @@ def bytes_of_a_step(graph: Graph, directory: OnnxDirectory) -> tuple[int, int, i
     of_flash = ("head.", "flash.")
     layers = total(lambda name: name not in (table, head) and not name.startswith(of_flash))
     dense, flash = total(lambda name: name == head), 0
-    if directory.flash_head:
-        rows = dense * directory.flash_head["tokens"] // spec.vocab_size
-        flash = total(lambda name: name.startswith("head.")) + rows
+    if found := directory.flash_head:
+        flash = total(lambda name: name.startswith("head.") or name == "flash.common")
+        flash += dense * found["rare"] // spec.vocab_size
+        if clusters:
+            flash += total(lambda name: name == "flash.rows") * found["clusters"] // clusters
     return layers, dense, flash
 
 
