@@ -5,9 +5,8 @@ So the common tokens are scored always, and the sieve looks for rare ones only:
 
 - Routers: a product with a cluster's router is the score of the cluster.
 - Low-rank rows: a product with each token's row in a space of low rank. With routers it is taken of the
-  tokens of the best clusters, three quarters of those that the sidecar probes: rare tokens alone are found
-  in fewer. Without, it is taken of all tokens, and the units of 16 tokens with the best of them go on, as
-  many as the sidecar keeps.
+  tokens of the best clusters, as many as the sidecar probes. Without, it is taken of all tokens, and the
+  units of 16 tokens with the best of them go on, as many as the sidecar keeps.
 - Of what is left the best tokens are scored with the dense head's own rows, :data:`TOKENS_PER_UNIT` for each
   unit that the sidecar keeps: here single rows cost no more than neighbours (docs/onnx.md). Without low-rank
   rows all tokens of the best clusters are.
@@ -42,7 +41,7 @@ from edgert.tokenizer import Tokenizer
 
 COMMON = 16  # one token of so many is common
 SEEN = 4  # and one common token of so many is so since text has it often
-TOKENS_PER_UNIT = {True: 0.5, False: 2}  # with and without routers
+TOKENS_PER_UNIT = {True: 1, False: 2}  # with and without routers
 _NEVER = -1e30  # added to a score: all others are better
 _TINY = 1e-30
 _TO_FLOAT, _TO_UINT8, _TO_INT8 = 1, 2, 3
@@ -84,7 +83,7 @@ class Flash:
         tokens = np.where(np.isin(tokens, always), -1, tokens).reshape(-1, size)
         clusters = sidecar.keep
         if routers:
-            clusters = -(-sidecar.probes * 3 // 4) if low else sidecar.probes
+            clusters = sidecar.probes
         clusters = min(clusters, len(tokens))
         wanted = int(np.ceil(sidecar.keep * TOKENS_PER_UNIT[routers])) if low else clusters * size
         return cls(sidecar, always, tokens, clusters, min(wanted, clusters * size))

@@ -94,7 +94,7 @@ def test_the_rare_tokens_with_the_best_scores_are_chosen(recipe: str) -> None:
         assert always.tolist() == flash.common.tolist()
         found = found[np.isfinite(logits[i][len(always) :])]
         scores = candidates(flash, state)
-        count = len(scores) if recipe == "clusters" else {"lowrank": 2, "clusters+lowrank": 0.5}[recipe]
+        count = len(scores) if recipe == "clusters" else {"lowrank": 2, "clusters+lowrank": 1}[recipe]
         assert len(found) == min(len(scores), int(np.ceil(count * max(sidecar.keep, 1))))
         chosen = [scores.pop(t) for t in found]
         slack = 0.03 * np.ptp([*chosen, *scores.values()]) if recipe == "clusters+lowrank" else 0
