@@ -21,11 +21,12 @@ SLOTS, GENERATED = 320, 64
 
 
 _CHILD = """
-import resource, sys, time
+import sys, time
 from edgert.cli import main
+from edgert.generate import peak_memory
 began = time.monotonic()
 code = main(sys.argv[1:])
-print(time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(time.monotonic() - began, peak_memory())
 sys.exit(code)
 """
 
