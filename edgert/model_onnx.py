@@ -14,7 +14,8 @@ from .errors import UsageError
 from .memory_left import resident_bytes
 from .model import Model
 from .onnx_directory import OnnxDirectory
-from .onnx_plan import check_fits
+from .onnx_plan import check_fits, choose_head
+from .onnx_preflight import preflight
 from .placement import check_memory, make_tier
 from .planner import check_context
 from .tier import Tier
@@ -46,7 +47,8 @@ def load_export(
 ) -> Model:
     """What :func:`edgert.load` does for a directory; ``others`` are its arguments that are for .gguf files
     alone. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError,
-    before anything is allocated, when a session of ``context`` does not fit the memory there is."""
+    before anything is allocated, when a session of ``context`` does not fit the memory there is, and once the
+    weights are loaded when it does not fit ``memory`` beside them."""
     if engine not in ("auto", "onnx"):
         raise UsageError(
             f"{path} is an ONNX export, which engine={engine!r} does not run: use engine='onnx', or give the "
@@ -56,18 +58,13 @@ def load_export(
     slots = _slots(path, provider, others)
     refuse_options(path, {name: given for name, given in others.items() if not slots or name not in _SPARSE})
     directory = OnnxDirectory.open(path)
-    if head in ("flash", "exact") and directory.flash_head is None:
-        raise UsageError(
-            f"{path} has no FlashHead, which head={head!r} needs: export the model again with --flash-head, "
-            "or use head='dense'"
-        )
+    head = choose_head(directory, head)
     check_context(context, directory.spec.context_length)
     context = context or directory.context
-    if head == "auto":
-        head = "flash" if directory.flash_head else "dense"
+    graph = preflight(directory).graph
     if provider == "cpu":  # nobody has measured what another takes
-        check_fits(directory, context, threads, head)
-    loaded = OnnxEngine(directory, provider, threads, slots)
+        check_fits(directory, context, threads, head, graph)
+    loaded = OnnxEngine(directory, provider, threads, slots, graph=graph)
     if slots:
         loaded.tier = _tier(loaded, context, others)
     return Model(

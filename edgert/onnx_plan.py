@@ -18,11 +18,23 @@ from .onnx_memory import parts
 from .onnx_preflight import check_graph
 from .onnx_time import decode_steps, prefill_steps
 from .placement import longest
-from .planner import Part, Plan, Remedy, check_context
+from .planner import Part, Plan, Remedy, check_context, ranked
 
 if TYPE_CHECKING:
     from .onnx_wire import Graph
     from .rates import Rates
+
+
+def choose_head(directory: OnnxDirectory, head: str) -> str:
+    """``head``, with "auto" decided. Raises UsageError for one that the export has not."""
+    if head == "auto":
+        return "flash" if directory.flash_head else "dense"
+    if head != "dense" and not directory.flash_head:
+        raise UsageError(
+            f"{directory.path} has no FlashHead, which head={head!r} needs: export the model again with "
+            "--flash-head, or use head='dense'"
+        )
+    return head
 
 
 @dataclass(frozen=True)
@@ -35,20 +47,16 @@ class OnnxCase:
     head: str
 
     @classmethod
-    def read(cls, directory: OnnxDirectory, threads: int = 0, head: str = "auto") -> OnnxCase:
-        """Raises ModelFileError and UnsupportedModelError for a graph that is not edgert's, UsageError for a
-        head that it has not."""
+    def read(
+        cls, directory: OnnxDirectory, threads: int = 0, head: str = "auto", graph: Graph | None = None
+    ) -> OnnxCase:
+        """``graph``: as pre-flight found it; None: it is read now. Raises ModelFileError and
+        UnsupportedModelError for one that is not edgert's, UsageError for a head that it has not."""
         from .platforms.detect import detect_threads
 
-        flash = directory.flash_head is not None
-        if head == "auto":
-            head = "flash" if flash else "dense"
-        if head in ("flash", "exact") and not flash:
-            raise UsageError(
-                f"{directory.path} has no FlashHead, which head={head!r} needs: export the model again with "
-                "--flash-head, or use head='dense'"
-            )
-        return cls(directory, check_graph(directory).graph, threads or detect_threads(), head)
+        head = choose_head(directory, head)
+        graph = graph or check_graph(directory).graph
+        return cls(directory, graph, threads or detect_threads(), head)
 
     def memory(self, context: int, quant: str = "") -> tuple[Part, ...]:
         """The terms of the peak with one session of ``context`` tokens, as the export is or would be in
@@ -67,22 +75,13 @@ class OnnxCase:
         needed = self.needed(context)
         if needed <= available:
             return ()
-        from .download import size_text
-
         found: list[tuple[str, int]] = []
         if most := self.max_context(available):
             found.append((f"a context of {most} tokens (--context {most})", needed - self.needed(most)))
         for quant in QUANTS:
             if (saves := needed - self.needed(context, quant)) > 0:
                 found.append((f"an export with weights in {quant} (edgert export --quant {quant})", saves))
-        found.sort(key=lambda pair: -pair[1])
-        remedies = [
-            Remedy(f"{text} saves {size_text(saves)}", saves, needed - saves <= available)
-            for text, saves in found
-        ]
-        short = needed - available
-        remedies.append(Remedy(f"{size_text(short)} more memory, or a smaller model", short, True))
-        return tuple(remedies)
+        return ranked(found, needed, available)
 
     def plan(self, context: int, rates: Rates, available: int, limit: str) -> Plan:
         directory = self.directory
@@ -145,12 +144,18 @@ def needed_bytes(directory: OnnxDirectory, context: int, threads: int = 0, head:
     return OnnxCase.read(directory, threads, head).needed(context)
 
 
-def check_fits(directory: OnnxDirectory, context: int, threads: int = 0, head: str = "auto") -> None:
+def check_fits(
+    directory: OnnxDirectory,
+    context: int,
+    threads: int = 0,
+    head: str = "auto",
+    graph: Graph | None = None,
+) -> None:
     """Raises PlanError, with what to change, when a session of ``context`` tokens does not fit the memory
-    there is for this process."""
+    there is for this process. ``graph``: see :meth:`OnnxCase.read`."""
     from .download import size_text
 
-    case = OnnxCase.read(directory, threads, head)
+    case = OnnxCase.read(directory, threads, head, graph)
     available, limit = memory_left(case.threads)
     needed = case.needed(context)
     if needed <= available:

@@ -402,8 +402,6 @@ class Case:
             return ()
         from dataclasses import replace
 
-        from .download import size_text
-
         found: list[tuple[str, int]] = []
         if most := self.max_context(available):
             found.append((f"a context of {most} tokens (--context {most})", needed - self.needed(most)))
@@ -425,14 +423,22 @@ class Case:
         if self.sidecar:
             saves = self.sizes.weights()["flash_head"] + self._logits() - 4 * self.spec.vocab_size
             found.append(("the dense head without its sidecar (--head dense)", saves))
-        found.sort(key=lambda pair: -pair[1])
-        remedies = [
+        return ranked(found, needed, available)
+
+
+def ranked(found: list[tuple[str, int]], needed: int, available: int) -> tuple[Remedy, ...]:
+    """Remedies of what to change and the bytes that it saves, what saves most first; the last one is more
+    memory."""
+    from .download import size_text
+
+    short = needed - available
+    return (
+        *(
             Remedy(f"{text} saves {size_text(saves)}", saves, needed - saves <= available)
-            for text, saves in found
-        ]
-        short = needed - available
-        remedies.append(Remedy(f"{size_text(short)} more memory, or a smaller model", short, True))
-        return tuple(remedies)
+            for text, saves in sorted(found, key=lambda pair: -pair[1])
+        ),
+        Remedy(f"{size_text(short)} more memory, or a smaller model", short, True),
+    )
 
 
 def check_context(context: int | None, trained: int) -> None:

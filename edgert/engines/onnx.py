@@ -37,11 +37,11 @@ _FLOAT16 = 10  # TensorProto.DataType
 
 
 class OnnxEngine:
-    """The model in a directory, which is looked into first. ``threads`` 0: one for each core. ``slots``: of
-    the working set of keys and values that steps see, 0: they see everything; ``tier``: where everything lies
-    then. Raises
-    ModelFileError and UnsupportedModelError for a directory that is damaged or not edgert's, EngineError when
-    ONNX Runtime is missing, lacks the provider or cannot load the graph."""
+    """The model in a directory. ``threads`` 0: one for each core. ``slots``: of the working set of keys and
+    values that steps see, 0: they see everything; ``tier``: where everything lies then. ``graph``: as
+    pre-flight found it; None: pre-flight is made now. Raises ModelFileError and UnsupportedModelError for a
+    directory that is damaged or not edgert's, EngineError when ONNX Runtime is missing, lacks the provider or
+    cannot load the graph."""
 
     name = "onnx"
 
@@ -52,11 +52,12 @@ class OnnxEngine:
         threads: int = 0,
         slots: int = 0,
         tier: Tier = IN_MEMORY,
+        graph: Graph | None = None,
     ) -> None:
         self.runtime = load_runtime(provider)
         self.directory, self.spec, self.provider = directory, directory.spec, provider
         self.threads, self.slots, self.tier = threads or detect_threads(), slots, tier
-        self._step_bytes = bytes_of_a_step(preflight(directory).graph, directory)
+        self._step_bytes = bytes_of_a_step(graph or preflight(directory).graph, directory)
         self._loaded: Loaded | None = load_graph(
             # Between two sparse steps the core counts votes.
             directory.graph,
