@@ -133,32 +133,37 @@ struct Q8Pages {
           sum(reinterpret_cast<int32_t*>(scale + head_dim / 32)) {}
   };
 
-  static void code_query(float* query, uint32_t head_dim) {
+  // Codes of 32 floats in 16 bits, 256 * hi + lo, and their scale. Returns the sum of the codes. What is no number
+  // stays none, as in quantize().
+  static int32_t code_block(const float* x, int8_t* hi, int8_t* lo, float& scale) {
     constexpr int V = 32 / L;
+    VF v[V], m = vf_zero(), sum = vf_zero();
+    unroll<V>([&](auto i) {
+      v[i] = vf_load(x + i * L);
+      m = vf_max(m, vf_abs(v[i]));
+    });
+    const float amax = vf_hmax(m), inv = amax > 1e-30f ? 32512.0f / amax : 0.0f;
+    unroll<V>([&](auto i) {
+      const VF code = vf_round(vf_mul_set1(v[i], inv));
+      // A little is added so that halves go up and lo ends at 127.
+      const VF high = vf_round(vf_fma(code, vf_set1(1.0f / 256), vf_set1(1.0f / 1024)));
+      vf_store_i8(hi + i * L, high);
+      vf_store_i8(lo + i * L, vf_fma(high, vf_set1(-256.0f), code));
+      sum = vf_add(sum, code);
+    });
+    const float total = vf_hsum(sum);  // whole and below 2^24, so exact in any order
+    const bool finite = std::abs(total) <= 32 * 32512;
+    scale = finite ? (amax > 1e-30f ? amax / 32512.0f : 0.0f) : NAN;
+    return finite ? int32_t(total) : 0;
+  }
+
+  static void code_query(float* query, uint32_t head_dim) {
     float x[kMaxHeadDim];
     std::memcpy(x, query, head_dim * sizeof(float));
     const Query out(query, head_dim);
     for (uint32_t b = 0; b < head_dim / 32; ++b) {
-      VF v[V], m = vf_zero(), sum = vf_zero();
-      unroll<V>([&](auto i) {
-        v[i] = vf_load(x + b * 32 + i * L);
-        m = vf_max(m, vf_abs(v[i]));
-      });
-      const float amax = vf_hmax(m), inv = amax > 1e-30f ? 32512.0f / amax : 0.0f;
       int8_t hi[32], lo[32];
-      unroll<V>([&](auto i) {
-        const VF code = vf_round(vf_mul_set1(v[i], inv));
-        // A little is added so that halves go up and lo ends at 127.
-        const VF high = vf_round(vf_fma(code, vf_set1(1.0f / 256), vf_set1(1.0f / 1024)));
-        vf_store_i8(hi + i * L, high);
-        vf_store_i8(lo + i * L, vf_fma(high, vf_set1(-256.0f), code));
-        sum = vf_add(sum, code);
-      });
-      const float total = vf_hsum(sum);  // whole and below 2^24, so exact in any order
-      const bool finite = std::abs(total) <= 32 * 32512;
-      // What is no number stays none, as in quantize().
-      out.scale[b] = finite ? (amax > 1e-30f ? amax / 32512.0f : 0.0f) : NAN;
-      out.sum[b] = finite ? int32_t(total) : 0;
+      out.sum[b] = code_block(x + b * 32, hi, lo, out.scale[b]);
       for (int j = 0; j < 32; j += 4) DotWide::pack(hi + j, lo + j, out.quads + 2 * (b * 32 + j));
     }
   }

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -82,6 +83,17 @@ inline void vf_store_i8(int8_t* p, VF a) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(h, h));
 }
 inline VI vi_sub_set1(VI a, int32_t b) { return {_mm256_sub_epi32(a.v, _mm256_set1_epi32(b))}; }
+inline VI vi_zero() { return {_mm256_setzero_si256()}; }
+inline VI vi_load(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline void vf_store_i16(int16_t* p, VF a) {
+  const __m256i i = _mm256_cvtps_epi32(a.v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1)));
+}
+inline void vi_sums(const VI* x, int32_t* sums) {
+  const __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0].v, x[1].v), _mm256_hadd_epi32(x[2].v, x[3].v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums),
+                   _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1)));
+}
 
 inline VB vb_load(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline VB vb_and(VB a, int b) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(char(b)))}; }
@@ -160,6 +172,41 @@ struct DotWide {
     b = _mm256_add_epi32(b, _mm256_madd_epi16(k.b, x));
   }
   [[gnu::always_inline]] VI total(int32_t) { return {_mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8)}; }
+
+  struct Row {
+    __m256i a, b;
+    Row(const int8_t* hi, const int8_t* lo) : a(wide(hi, lo)), b(wide(hi + 16, lo + 16)) {}
+    static __m256i wide(const int8_t* hi, const int8_t* lo) {
+      const auto load = [](const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); };
+      return _mm256_add_epi16(_mm256_slli_epi16(load(hi), 8), load(lo));
+    }
+  };
+  [[gnu::always_inline]] static VI lanes(const Codes& k, const Row& r) {
+    return {_mm256_add_epi32(_mm256_madd_epi16(k.a, r.a), _mm256_madd_epi16(k.b, r.b))};
+  }
+};
+
+// 16 channels: the first eight in one sum, the others in the other.
+struct TokenPair {
+  static constexpr uint32_t kChannels = 16;
+  __m256i low, high;
+  TokenPair(const uint8_t* a, const uint8_t* b) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+    const __m128i y = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+    low = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x, y));
+    high = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(x, y));
+  }
+  [[gnu::always_inline]] void add(const int16_t* weights, VI* acc) const {
+    int32_t both;
+    std::memcpy(&both, weights, 4);
+    const __m256i w = _mm256_set1_epi32(both);
+    acc[0].v = _mm256_add_epi32(acc[0].v, _mm256_madd_epi16(low, w));
+    acc[1].v = _mm256_add_epi32(acc[1].v, _mm256_madd_epi16(high, w));
+  }
+  static void store(const VI* acc, float unit, float* out) {
+    vf_store(out, vf_mul_set1(vf_from_vi(acc[0]), unit));
+    vf_store(out + 8, vf_mul_set1(vf_from_vi(acc[1]), unit));
+  }
 };
 
 inline uint64_t above64(const int8_t* p, int limit) {

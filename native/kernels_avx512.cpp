@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -71,6 +72,22 @@ inline void vf_store_i8(int8_t* p, VF a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 inline VI vi_sub_set1(VI a, int32_t b) { return {_mm512_sub_epi32(a.v, _mm512_set1_epi32(b))}; }
+inline VI vi_zero() { return {_mm512_setzero_si512()}; }
+inline VI vi_load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void vf_store_i16(int16_t* p, VF a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
+}
+inline __m512i pair_sums(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+}
+inline void vi_sums(const VI* x, int32_t* sums) {
+  const __m512i a = pair_sums(x[0].v, x[1].v), b = pair_sums(x[2].v, x[3].v);
+  const __m512i s = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  const __m256i low = _mm512_castsi512_si256(s), high = _mm512_extracti64x4_epi64(s, 1);
+  const __m256i both = _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), _mm256_castsi256_si128(both));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums + kChunkTokens), _mm256_extracti128_si256(both, 1));
+}
 
 inline VB vb_load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline VB vb_and(VB a, int b) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(char(b)))}; }
@@ -109,12 +126,46 @@ struct DotSigned {
   };
   __m512i s = _mm512_setzero_si512();
   [[gnu::always_inline]] void add(const Codes& k, const int8_t* a) { s = _mm512_dpbusd_epi32(s, k.c, quad(a)); }
+  [[gnu::always_inline]] void add(const Codes& k, VB a) { s = _mm512_dpbusd_epi32(s, k.c, a.v); }
   [[gnu::always_inline]] VI total(int32_t sum) { return {_mm512_sub_epi32(s, _mm512_set1_epi32(128 * sum))}; }
+  // What sums over lanes of products with `a` must begin with.
+  static DotSigned zero(VB a) {
+    DotSigned d;
+    d.add(Codes({_mm512_setzero_si512()}), a);
+    return {_mm512_sub_epi32(_mm512_setzero_si512(), d.s)};
+  }
 };
 
 inline DotSigned high_low(const DotSigned& hi, const DotSigned& lo) {
   return {_mm512_add_epi32(_mm512_slli_epi32(hi.s, 8), lo.s)};
 }
+
+// 32 channels: those whose number has bit 3 clear in one sum, the others in the other.
+struct TokenPair {
+  static constexpr uint32_t kChannels = 32;
+  __m512i even, odd;
+  TokenPair(const uint8_t* a, const uint8_t* b) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+    const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+    even = _mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(x, y));
+    odd = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(x, y));
+  }
+  [[gnu::always_inline]] void add(const int16_t* weights, VI* acc) const {
+    int32_t both;
+    std::memcpy(&both, weights, 4);
+    const __m512i w = _mm512_set1_epi32(both);
+    acc[0].v = _mm512_dpwssd_epi32(acc[0].v, even, w);
+    acc[1].v = _mm512_dpwssd_epi32(acc[1].v, odd, w);
+  }
+  static void store(const VI* acc, float unit, float* out) {
+    const VF e = vf_mul_set1(vf_from_vi(acc[0]), unit), o = vf_mul_set1(vf_from_vi(acc[1]), unit);
+    _mm256_storeu_ps(out, _mm512_castps512_ps256(e.v));
+    _mm256_storeu_ps(out + 8, _mm512_castps512_ps256(o.v));
+    _mm256_storeu_ps(out + 16, _mm512_extractf32x8_ps(e.v, 1));
+    _mm256_storeu_ps(out + 24, _mm512_extractf32x8_ps(o.v, 1));
+  }
+};
+
 inline uint64_t above64(const int8_t* p, int limit) {
   return _mm512_cmpgt_epi8_mask(_mm512_loadu_si512(p), _mm512_set1_epi8(char(limit)));
 }

@@ -12,4 +12,19 @@ struct DotWide {
     lo.add(k, quad + 4);
   }
   [[gnu::always_inline]] VI total(int32_t sum) { return high_low(hi, lo).total(sum); }
+
+  struct Row {
+    VB hi, lo;
+    DotSigned zero;
+    Row(const int8_t* hi, const int8_t* lo)
+        : hi(vb_load(reinterpret_cast<const uint8_t*>(hi))),
+          lo(vb_load(reinterpret_cast<const uint8_t*>(lo))),
+          zero(high_low(DotSigned::zero(this->hi), DotSigned::zero(this->lo))) {}
+  };
+  [[gnu::always_inline]] static VI lanes(const Codes& k, const Row& r) {
+    DotSigned high, low = r.zero;
+    high.add(k, r.hi);
+    low.add(k, r.lo);
+    return high_low(high, low).total(0);
+  }
 };

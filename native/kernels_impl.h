@@ -9,7 +9,11 @@
 //                   built from a VB, add(Codes, const int8_t* quad), total(sum of the activations)
 //   above64         which of 64 int8 are above a limit, one bit each
 //   DotWide         the same of signed codes with four codes of 16 bits, 256 * hi + lo, which pack() puts in a
-//                   quad of 8 bytes
+//                   quad of 8 bytes; lanes() is of a vector of codes with a Row of as many codes of 16 bits, and only
+//                   the sum over each 8 of its lanes means something
+//   vi_sums         those sums of four vectors: of the first eight lanes [4], kChunkTokens behind them of the others
+//   TokenPair       kChannels = 2L codes of two tokens, for sums of both times 16-bit weights: add(weights, two VI), and
+//                   store(two VI, unit, kChannels floats)
 // No `#pragma once`: every ISA file includes its own copy, so no inline function is shared.
 
 // Calls f(constant<0>) ... f(constant<N-1>): indices known early, so that arrays of vectors stay in

@@ -70,7 +70,8 @@ void scan(const Scan& s) {
       offset[n] = kWorthSteps * (vf_hsum(constant) - s.level[r + n]);
     }
     for (uint32_t p = 0; p < kIndexTokens / kPageTokens; ++p, packed += kPageTokens * s.head_dim / 4) {
-      if (r == 0) fetch_record(s.next + p * share, share);
+      if (r == 0)
+        for (size_t i = 0; i < share; i += 64) __builtin_prefetch(s.next + p * share + i, 0, 2);
       for (int v = 0; v < PV; ++v) {
         Dot<2> dot[N];
         for (uint32_t g = 0; g < s.head_dim / 16; ++g) {

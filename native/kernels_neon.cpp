@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -90,6 +91,15 @@ inline void vf_store_i8(int8_t* p, VF x) {
   const int16x4_t a = vmovn_s32(vcvtnq_s32_f32(x.a)), b = vmovn_s32(vcvtnq_s32_f32(x.b));
   vst1_s8(p, vmovn_s16(vcombine_s16(a, b)));
 }
+inline VI vi_zero() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+inline VI vi_load(const int32_t* p) { return {vld1q_s32(p), vld1q_s32(p + 4)}; }
+inline void vf_store_i16(int16_t* p, VF x) {
+  vst1q_s16(p, vcombine_s16(vmovn_s32(vcvtnq_s32_f32(x.a)), vmovn_s32(vcvtnq_s32_f32(x.b))));
+}
+inline void vi_sums(const VI* x, int32_t* sums) {
+  const auto both = [&](int i) { return vaddq_s32(x[i].a, x[i].b); };
+  vst1q_s32(sums, vpaddq_s32(vpaddq_s32(both(0), both(1)), vpaddq_s32(both(2), both(3))));
+}
 inline VI vi_sub_set1(VI x, int32_t y) { return {vsubq_s32(x.a, vdupq_n_s32(y)), vsubq_s32(x.b, vdupq_n_s32(y))}; }
 
 inline VB vb_load(const uint8_t* p) { return {vld1q_u8(p), vld1q_u8(p + 16)}; }
@@ -117,7 +127,12 @@ struct DotSigned {
     a = vdotq_s32(a, c.a, x);
     b = vdotq_s32(b, c.b, x);
   }
+  [[gnu::always_inline]] void add(const Codes& c, VB acts) {
+    a = vdotq_s32(a, c.a, vreinterpretq_s8_u8(acts.a));
+    b = vdotq_s32(b, c.b, vreinterpretq_s8_u8(acts.b));
+  }
   [[gnu::always_inline]] VI total(int32_t) { return {a, b}; }
+  static DotSigned zero(VB) { return {}; }
 };
 template <int>
 struct Dot : DotSigned {};
@@ -125,6 +140,28 @@ struct Dot : DotSigned {};
 inline DotSigned high_low(const DotSigned& hi, const DotSigned& lo) {
   return {vaddq_s32(vshlq_n_s32(hi.a, 8), lo.a), vaddq_s32(vshlq_n_s32(hi.b, 8), lo.b)};
 }
+
+// 16 channels: the first eight in one sum, the others in the other.
+struct TokenPair {
+  static constexpr uint32_t kChannels = 16;
+  int16x8_t a[2], b[2];
+  TokenPair(const uint8_t* first, const uint8_t* second) {
+    const int8x16_t x = vreinterpretq_s8_u8(vld1q_u8(first)), y = vreinterpretq_s8_u8(vld1q_u8(second));
+    a[0] = vmovl_s8(vget_low_s8(x)), a[1] = vmovl_high_s8(x);
+    b[0] = vmovl_s8(vget_low_s8(y)), b[1] = vmovl_high_s8(y);
+  }
+  [[gnu::always_inline]] void add(const int16_t* weights, VI* acc) const {
+    for (int i = 0; i < 2; ++i) {
+      acc[i].a = vmlal_n_s16(vmlal_n_s16(acc[i].a, vget_low_s16(a[i]), weights[0]), vget_low_s16(b[i]), weights[1]);
+      acc[i].b = vmlal_high_n_s16(vmlal_high_n_s16(acc[i].b, a[i], weights[0]), b[i], weights[1]);
+    }
+  }
+  static void store(const VI* acc, float unit, float* out) {
+    vf_store(out, vf_mul_set1(vf_from_vi(acc[0]), unit));
+    vf_store(out + 8, vf_mul_set1(vf_from_vi(acc[1]), unit));
+  }
+};
+
 inline uint64_t above64(const int8_t* p, int limit) {
   const int8x16_t l = vdupq_n_s8(int8_t(limit));
   constexpr uint8_t kBits[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};

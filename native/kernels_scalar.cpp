@@ -1,8 +1,10 @@
 // Portable level: no intrinsics, the oracle of the others. 8 rows a tile.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 
@@ -84,6 +86,18 @@ inline VI vi_sub_set1(VI a, int32_t b) {
   for (int i = 0; i < L; ++i) a.v[i] -= b;
   return a;
 }
+inline VI vi_zero() { return {}; }
+inline VI vi_load(const int32_t* p) {
+  VI r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline void vf_store_i16(int16_t* p, VF a) {
+  for (int i = 0; i < L; ++i) p[i] = std::abs(a.v[i]) <= 32767 ? int16_t(a.v[i]) : int16_t(0);
+}
+inline void vi_sums(const VI* x, int32_t* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = std::accumulate(x[i].v, x[i].v + L, 0);
+}
 inline VB vb_load(const uint8_t* p) { return each_byte([=](int i) { return p[i]; }); }
 inline VB vb_and(VB a, int b) { return each_byte([&](int i) { return a.v[i] & b; }); }
 inline VB vb_or(VB a, VB b) { return each_byte([&](int i) { return a.v[i] | b.v[i]; }); }
@@ -101,17 +115,37 @@ struct DotScalar {
   void add(const Codes& k, const int8_t* a) {
     for (int i = 0; i < L * 4; ++i) s.v[i / 4] += int32_t(Code(k.c.v[i])) * a[i % 4];
   }
+  void add(const Codes& k, VB a) {
+    for (int i = 0; i < L * 4; ++i) s.v[i / 4] += int32_t(Code(k.c.v[i])) * int8_t(a.v[i]);
+  }
   VI total(int32_t) { return s; }
 };
 template <int>
 struct Dot : DotScalar<uint8_t> {};
-struct DotSigned : DotScalar<int8_t> {};
+struct DotSigned : DotScalar<int8_t> {
+  static DotSigned zero(VB) { return {}; }
+};
 
 inline DotSigned high_low(const DotSigned& hi, const DotSigned& lo) {
   DotSigned d;
   for (int i = 0; i < L; ++i) d.s.v[i] = 256 * hi.s.v[i] + lo.s.v[i];
   return d;
 }
+
+// 16 channels: the first eight in one sum, the others in the other.
+struct TokenPair {
+  static constexpr uint32_t kChannels = 16;
+  const uint8_t *a, *b;
+  TokenPair(const uint8_t* a, const uint8_t* b) : a(a), b(b) {}
+  void add(const int16_t* weights, VI* acc) const {
+    for (int i = 0; i < 16; ++i) acc[i / 8].v[i % 8] += int8_t(a[i]) * weights[0] + int8_t(b[i]) * weights[1];
+  }
+  static void store(const VI* acc, float unit, float* out) {
+    vf_store(out, vf_mul_set1(vf_from_vi(acc[0]), unit));
+    vf_store(out + 8, vf_mul_set1(vf_from_vi(acc[1]), unit));
+  }
+};
+
 inline uint64_t above64(const int8_t* p, int limit) {
   uint64_t mask = 0;
   for (int i = 0; i < 64; ++i) mask |= uint64_t(p[i] > limit) << i;

@@ -56,6 +56,20 @@ void test_pages(const Kernels& k, KvType type, uint32_t dim) {
   same("a page made of records, head size " + std::to_string(dim), expected, found);
 }
 
+// Standard deviation of the score of a key, for a query in codes of 16 bits with a scale for each 32 channels.
+double query_deviation(const float* q, const double* key, uint32_t dim) {
+  double variance = 0;
+  for (uint32_t b = 0; b < dim; b += 32) {
+    double most = 0, squares = 0;
+    for (uint32_t c = b; c < b + 32; ++c) {
+      most = std::max(most, std::fabs(double(q[c])));
+      squares += key[c] * key[c];
+    }
+    variance += std::pow(most / 32512, 2) * squares / 12;
+  }
+  return std::sqrt(variance);
+}
+
 void test_attention(const Kernels& k, KvType type, uint32_t dim, uint32_t rows, uint32_t count) {
   const uint32_t tokens = 300;
   const std::string what = "attention to records, head size " + std::to_string(dim) + ", rows " + std::to_string(rows);
@@ -73,17 +87,29 @@ void test_attention(const Kernels& k, KvType type, uint32_t dim, uint32_t rows, 
   }
   k.records[size_t(type)].attend({qs.data(), chosen.data(), count, rows, dim, scores.data(), accs.data(), max.data(), sum.data()});
   for (uint32_t r = 0; r < rows; ++r) {
-    std::vector<double> score(count, 0.0), out(dim, 0.0);
-    for (uint32_t t = 0; t < count; ++t)
-      for (uint32_t c = 0; c < dim; ++c) score[t] += double(qs[r][c]) * key[t * dim + c];
-    const double top = *std::max_element(score.begin(), score.end());
-    near(what + ", maximum", r, top, max[r], 1e-4);
-    double total = 0;
+    // With int8 records queries and weights are codes of 16 bits: an even error of at most half a code in each, whose
+    // sums stay within six standard deviations.
+    std::vector<double> score(count, 0.0), deviation(count, 0.0), weight(count);
     for (uint32_t t = 0; t < count; ++t) {
-      total += std::exp2(score[t] - top);
-      for (uint32_t c = 0; c < dim; ++c) out[c] += std::exp2(score[t] - top) * value[t * dim + c];
+      for (uint32_t c = 0; c < dim; ++c) score[t] += double(qs[r][c]) * key[t * dim + c];
+      if (type == KvType::Q8) deviation[t] = query_deviation(qs[r], &key[t * dim], dim);
     }
-    for (uint32_t c = 0; c < dim; ++c) near(what, r, out[c] / total, accs[r][c] / sum[r], 2e-5);
+    const auto best = std::max_element(score.begin(), score.end());
+    near(what + ", maximum", r, *best, max[r], 1e-4 + 6 * deviation[size_t(best - score.begin())]);
+    double total = 0;
+    for (uint32_t t = 0; t < count; ++t) total += weight[t] = std::exp2(score[t] - *best);
+    for (uint32_t c = 0; c < dim; ++c) {
+      double out = 0, most = 0, codes = 0, of_queries = 0;
+      for (uint32_t t = 0; t < count; ++t) out += weight[t] * value[t * dim + c] / total;
+      for (uint32_t t = 0; t < count && type == KvType::Q8; ++t) {
+        const double scale = half(chosen[t], dim / 32 + c / 32);
+        most = std::max(most, weight[t] * scale);
+        codes += std::pow(value[t * dim + c] / scale, 2);
+        of_queries += std::pow(std::log(2) * deviation[t] * weight[t] / total * (value[t * dim + c] - out), 2);
+      }
+      const double of_weights = most / 32767 * std::sqrt(codes / 12) / total;
+      near(what, r, out, accs[r][c] / sum[r], 2e-5 + 6 * (of_weights + std::sqrt(of_queries)));
+    }
   }
 }
 
