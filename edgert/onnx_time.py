@@ -31,7 +31,7 @@ def decode_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
     """One token with ``length`` positions in the cache."""
     spec = case.directory.spec
     body, dense, flash = bytes_of_a_step(case.graph, case.directory)
-    read = sum(kv_bytes(spec, length).values())
+    read = sum(kv_bytes(spec, case.directory.kv, length).values())
     attention = _pairs(case, length) / (STEP_ATTENTION * rates.fp32)
     steps = [
         _product(case, "body", body, rates, 1),
