@@ -23,7 +23,7 @@ from .tokenizer import Tokenizer
 
 # What load() takes and an export does not, with the default, and why.
 _FIXED: dict[str, tuple[Any, str]] = {
-    "kv": ("f16", "its keys and values are float32"),
+    "kv": ("f16", "the type of its keys and values was fixed when it was exported (edgert export --kv)"),
     "probes": (0, "what its FlashHead scores was fixed when it was exported"),
     "heads": ("none", "its heads all see the same"),
     "attention": ("full", "plans of exports are of full attention"),
@@ -73,7 +73,7 @@ def load_export(
         path=str(path),
         context=context,
         trained_context=directory.spec.context_length,
-        kv="f32",
+        kv=directory.kv,
         head=head,
         attention=others["attention"],
         chosen=slots,
@@ -110,7 +110,9 @@ def _tier(engine: OnnxEngine, context: int, others: Mapping[str, Any]) -> Tier:
     check_memory(memory, "onnx")
     pages = 0
     if memory is not None:
-        pages = pages_in_memory(engine.spec, context, engine.slots, memory - resident_bytes())
+        pages = pages_in_memory(
+            engine.spec, engine.directory.kv, context, engine.slots, memory - resident_bytes()
+        )
     return make_tier(pages, others["page_directory"], others["page_limit"])
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import _native
+from .cost import KV_ELEMENT_BYTES
 from .memory_left import PYTHON_BYTES
 from .onnx_directory import TOKENIZER
 from .onnx_interface import BLOCK, ITEM_BYTES, matrices
@@ -96,27 +97,29 @@ def slots_in_use(spec: ModelSpec, window: int, context: int) -> int:
     return min(context, widest - 1 + SPARE + CHUNK) if window else context
 
 
-def kv_bytes(spec: ModelSpec, context: int) -> dict[int, int]:
-    """Window (0: none) -> bytes of float32 keys and values with ``context`` positions."""
+def kv_bytes(spec: ModelSpec, kv: str, context: int) -> dict[int, int]:
+    """Window (0: none) -> bytes of keys and values of type ``kv`` with ``context`` positions."""
     found: dict[int, int] = {}
     for layer in spec.layers:
         if layer.kind == "attention":
-            size = 2 * 4 * layer.n_kv_heads * spec.head_dim * slots_in_use(spec, layer.window, context)
+            values = 2 * layer.n_kv_heads * spec.head_dim * slots_in_use(spec, layer.window, context)
+            size = int(KV_ELEMENT_BYTES[kv]) * values
             found[layer.window] = found.get(layer.window, 0) + size
     return found
 
 
 def parts(
-    directory: OnnxDirectory, graph: Graph, context: int, head: str, quant: str = ""
+    directory: OnnxDirectory, graph: Graph, context: int, head: str, quant: str = "", kv: str = ""
 ) -> tuple[Part, ...]:
     """The terms of the peak with one session of ``context`` tokens, as the export is or as it would be in
-    another ``quant``."""
+    another ``quant`` or ``kv``."""
     from .engines.onnx import CHUNK
     from .engines.onnx_caches import STATES
     from .heads import LONGEST
 
     spec, tokens = directory.spec, min(context, CHUNK)
     flash = directory.flash_head is not None
+    kv = kv or directory.kv
     weights = held(spec, quant or directory.quant, graph, flash)
     attention = [layer.window for layer in spec.layers if layer.kind == "attention"]
     kv_heads = max((layer.n_kv_heads for layer in spec.layers), default=0)
@@ -129,8 +132,8 @@ def parts(
     file = _native.GgufFile(str(directory.path / TOKENIZER))
     tokenizer, _, kept = tokenizer_bytes(file)
     cached = [
-        Part(f"KV cache, {attention.count(window)} {_layers(window)}", size, "float32")
-        for window, size in kv_bytes(spec, context).items()
+        Part(f"KV cache, {attention.count(window)} {_layers(window)}", size, kv)
+        for window, size in kv_bytes(spec, kv, context).items()
     ]
     convolutions = spec.n_layers - len(attention)
     state = 4 * spec.dim * (spec.conv_kernel - 1) * convolutions * (1 + STATES)

@@ -58,13 +58,13 @@ class OnnxCase:
         graph = graph or check_graph(directory).graph
         return cls(directory, graph, threads or detect_threads(), head)
 
-    def memory(self, context: int, quant: str = "") -> tuple[Part, ...]:
+    def memory(self, context: int, quant: str = "", kv: str = "") -> tuple[Part, ...]:
         """The terms of the peak with one session of ``context`` tokens, as the export is or would be in
-        another ``quant``."""
-        return parts(self.directory, self.graph, context, self.head, quant)
+        another ``quant`` or ``kv``."""
+        return parts(self.directory, self.graph, context, self.head, quant, kv)
 
-    def needed(self, context: int, quant: str = "") -> int:
-        return sum(part.bytes for part in self.memory(context, quant))
+    def needed(self, context: int, quant: str = "", kv: str = "") -> int:
+        return sum(part.bytes for part in self.memory(context, quant, kv))
 
     def max_context(self, available: int) -> int:
         """The longest context that fits ``available`` bytes, at most what the model was made for."""
@@ -81,6 +81,8 @@ class OnnxCase:
         for quant in QUANTS:
             if (saves := needed - self.needed(context, quant)) > 0:
                 found.append((f"an export with weights in {quant} (edgert export --quant {quant})", saves))
+        if (saves := needed - self.needed(context, kv="f16")) > 0:
+            found.append(("an export with keys and values in f16 (edgert export --kv f16)", saves))
         return ranked(found, needed, available)
 
     def plan(self, context: int, rates: Rates, available: int, limit: str) -> Plan:
@@ -90,7 +92,7 @@ class OnnxCase:
             path=str(directory.path),
             context=context,
             trained_context=directory.spec.context_length,
-            kv="f32",
+            kv=directory.kv,
             attention="full",
             chosen=0,
             slots=0,

@@ -216,7 +216,7 @@ def test_votes_are_shares_of_the_best_tokens(monkeypatch: pytest.MonkeyPatch) ->
     rng = np.random.default_rng(0)
     for isa in edgert._native.isa_levels():
         monkeypatch.setenv("EDGERT_ISA", isa)
-        made = WorkingSet(onnxruntime, spec, 2000, 720, 1)
+        made = WorkingSet(onnxruntime, spec, "f32", 2000, 720, 1)
         for buffer in made.buffers.values():
             buffer.read()[:] = rng.normal(size=buffer.read().shape)
         queries = rng.normal(size=(1, made.query_width)).astype(np.float32)
@@ -299,8 +299,8 @@ def test_a_limit_of_memory_sends_pages_to_the_disk() -> None:
     row = 8 * sum(layer.n_kv_heads for layer in spec.layers) * spec.head_dim
     slots = row * (LEAST_SLOTS + 1 + context)
     store, least = edgert._native.slot_store_bytes(spec.as_dict(), context, 0)
-    assert pages_in_memory(spec, context, LEAST_SLOTS, 2 * (slots + store)) == 0
-    pages = pages_in_memory(spec, context, LEAST_SLOTS, (slots + store // 2) * 33 // 32)
+    assert pages_in_memory(spec, "f32", context, LEAST_SLOTS, 2 * (slots + store)) == 0
+    pages = pages_in_memory(spec, "f32", context, LEAST_SLOTS, (slots + store // 2) * 33 // 32)
     assert least < pages < context // PAGE
     sizes = [edgert._native.slot_store_bytes(spec.as_dict(), context, n)[0] for n in (pages, pages + 20)]
     assert sizes[0] <= store // 2 < sizes[1]

@@ -12,7 +12,7 @@ A pass over several tokens sees everything: where not all of it is in the slots,
 large as the sequence, which are filled from the store and dropped afterwards.
 
 What is in the set depends on the tokens alone, so a store on a disk gives the same ones. It keeps float16: a
-page that left and came back is rounded.
+page that left and came back is rounded where the graph's caches are float32.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import numpy.typing as npt
 
 from edgert import _native
 from edgert.download import size_text
-from edgert.engines.onnx_caches import Buffer
+from edgert.engines.onnx_caches import DTYPES, Buffer
 from edgert.errors import EngineError, PlanError, UsageError
-from edgert.models import ModelSpec
+from edgert.models import LayerSpec, ModelSpec
 from edgert.placement import UNSURE
 from edgert.tier import IN_MEMORY, Tier
 
@@ -59,13 +59,12 @@ def check_slots(slots: int) -> None:
         )
 
 
-def pages_in_memory(spec: ModelSpec, context: int, slots: int, left: int) -> int:
+def pages_in_memory(spec: ModelSpec, kv: str, context: int, slots: int, left: int) -> int:
     """Pages of the store that lie in memory in a session of ``context`` positions, 0: all of them, where that
-    may take ``left`` bytes. Reading a prompt of that length takes as many slots for a while. Raises PlanError
-    where too few would be left."""
+    may take ``left`` bytes and the graph's caches are ``kv``. Reading a prompt of that length takes as many
+    slots for a while. Raises PlanError where too few would be left."""
     layers = _layers(spec)
-    width = 2 * 4 * sum(layer.n_kv_heads for layer in layers.layers) * spec.head_dim
-    taken = width * (slots + 1 + context)
+    taken = _row_bytes(spec, kv) * (slots + 1 + context)
     room = left - int(UNSURE * left) - taken
 
     def needed(pages: int) -> int:
@@ -87,23 +86,37 @@ def pages_in_memory(spec: ModelSpec, context: int, slots: int, left: int) -> int
     return low
 
 
+def _row_bytes(spec: ModelSpec, kv: str) -> int:
+    """Of a slot of all caches together."""
+    heads = sum(spec.layers[i].n_kv_heads for i in full_layers(spec))
+    return 2 * np.dtype(DTYPES[kv]).itemsize * heads * spec.head_dim
+
+
 def _layers(spec: ModelSpec) -> ModelSpec:
     """With those layers alone that see everything."""
     return replace(spec, layers=tuple(spec.layers[i] for i in full_layers(spec)))
 
 
 class WorkingSet:
-    """``slots`` of the caches of one sequence of at most ``context`` positions, and the store behind them.
+    """``slots`` of the caches, of type ``kv``, of one sequence of at most ``context`` positions, and the
+    store behind them.
 
     ``buffers``: the graph's caches at present, of the layers of :func:`full_layers`; they have one slot more,
     :attr:`spare`. ``threads`` count votes. Raises UsageError and EngineError.
     """
 
     def __init__(
-        self, runtime: Any, spec: ModelSpec, context: int, slots: int, threads: int, tier: Tier = IN_MEMORY
+        self,
+        runtime: Any,
+        spec: ModelSpec,
+        kv: str,
+        context: int,
+        slots: int,
+        threads: int,
+        tier: Tier = IN_MEMORY,
     ) -> None:
         check_slots(slots)
-        self._runtime, self._spec, self._layers = runtime, spec, full_layers(spec)
+        self._runtime, self._spec, self._kv, self._layers = runtime, spec, kv, full_layers(spec)
         self._places, self.spare = slots // PAGE, slots
         self._store = _native.SlotStore(_layers(spec).as_dict(), context, threads, *tier)
         self._own, self._own_slots = self._caches(slots + 1)
@@ -115,11 +128,12 @@ class WorkingSet:
 
     def _caches(self, slots: int) -> tuple[dict[str, Buffer], _native.Slots]:
         spec = self._spec
-        buffers = {
-            f"{c}.{i}": Buffer(self._runtime, (1, spec.layers[i].n_kv_heads, slots, spec.head_dim), "cpu")
-            for c in "kv"
-            for i in self._layers
-        }
+
+        def cache(layer: LayerSpec) -> Buffer:
+            shape = 1, layer.n_kv_heads, slots, spec.head_dim
+            return Buffer(self._runtime, shape, "cpu", self._kv)
+
+        buffers = {f"{c}.{i}": cache(spec.layers[i]) for c in "kv" for i in self._layers}
         keys, values = ([buffers[f"{c}.{i}"].read() for i in self._layers] for c in "kv")
         return buffers, _native.Slots(self._store, keys, values)
 
@@ -135,8 +149,7 @@ class WorkingSet:
     @property
     def row_bytes(self) -> int:
         """Of a slot of all caches together."""
-        heads = sum(self._spec.layers[i].n_kv_heads for i in self._layers)
-        return 2 * 4 * heads * self._spec.head_dim
+        return _row_bytes(self._spec, self._kv)
 
     @property
     def copied_bytes(self) -> int:
