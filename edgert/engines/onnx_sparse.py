@@ -11,8 +11,8 @@ copied.
 A pass over several tokens sees everything: where not all of it is in the slots, it gets caches of its own, as
 large as the sequence, which are filled from the store and dropped afterwards.
 
-What is in the set depends on the tokens alone, so a store on a disk gives the same ones. It keeps float16: where
-the graph's caches are float32 a page that left and came back is rounded, where they are float16 it is not.
+What is in the set depends on the tokens alone, so a store on a disk gives the same ones. It keeps float16: a
+page that left and came back is rounded where the graph's caches are float32.
 """
 
 from __future__ import annotations
