@@ -22,9 +22,9 @@ product of integers with the half bytes of the rows then gives the sum of each b
 of these. They are the dense head's to the rounding of float32 sums.
 
 Such products of integers are for the CPU: CUDA has none of unsigned bytes, nor operators on bits. So wherever
-one is, another branch multiplies floats, of the same weights. :data:`INTEGERS` chooses, a constant in
-the file with the weights: ONNX Runtime puts the chosen branch in the place of the ``If`` and drops the other one,
-so it costs nothing. Who loads the graph for another provider has it replaced by false
+one is, another branch multiplies floats, of the same weights. :data:`INTEGERS` chooses, a constant in the
+file with the weights: ONNX Runtime puts the chosen branch in the place of the ``If`` and drops the other
+one, so it costs nothing. Who loads the graph for another provider has it replaced by 0
 (``SessionOptions.add_external_initializers``).
 """
 
@@ -44,13 +44,13 @@ from edgert.export.quantise import BLOCK, dequantise
 from edgert.models import ModelSpec
 
 from edgert import _native
+from edgert.onnx_interface import INTEGERS
 from edgert.sidecar import Sidecar
 from edgert.tokenizer import Tokenizer
 
 COMMON = 16  # one token of so many is common
 SEEN = 4  # and one common token of so many is so since text has it often
 TOKENS_PER_UNIT = {True: 1, False: 2}  # with and without routers
-INTEGERS = "flash.integers"
 _NEVER = -1e30  # added to a score: all others are better
 _TINY = 1e-30
 _TO_FLOAT, _TO_UINT8, _TO_INT8, _TO_BOOL, _TO_HALF = 1, 2, 3, 9, 10
@@ -231,9 +231,7 @@ def add_flash_head(
         return g.node("Squeeze", g.node("MatMul", rows, column), _shape(g, 3))
 
     if head.bits:
-        logits = _either(
-            g, lambda: _integer_scores(g, w, head, states, ids), floats, (1, "S", flash.rare)
-        )
+        logits = _either(g, lambda: _integer_scores(g, w, head, states, ids), floats, (1, "S", flash.rare))
     else:
         logits = floats()
     nobody = g.node("Less", found, zero)

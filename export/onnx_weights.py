@@ -105,9 +105,7 @@ class Weights:
         self._graph.weight(name + ".scales", "float32", scales.shape, [scales])
         return Stored(name, len(data), cols, bits, False, True)
 
-    def product(
-        self, x: str, by: Stored, first: Sequence[int | str], bias: str = "", name: str = ""
-    ) -> str:
+    def product(self, x: str, by: Stored, first: Sequence[int | str], bias: str = "", name: str = "") -> str:
         """``x`` [*first, cols] times the matrix, plus ``bias`` [rows]: [*first, rows], called ``name``. The
         bias is a node of its own: MatMulNBits takes one, but ONNX Runtime 1.24's on CUDA does not."""
         g = self._graph
