@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_runs
 import pytest
 from onnx import defs
 from onnx_directories import exported
@@ -18,7 +19,7 @@ from edgert.onnx_directory import OnnxDirectory
 from edgert.onnx_interface import CONTRIB, INTEGERS, OPERATORS, OPSETS
 from edgert.onnx_kernels import CUDA, ON_PROCESSOR, without_kernel
 from edgert.onnx_preflight import check_graph
-from edgert.onnx_wire import Graph
+from edgert.onnx_wire import Graph, read_model
 
 # Nodes that are chosen on the CPU alone, where a graph has them for both.
 INTEGERS_ALONE = {"BitShift", "BitwiseAnd", "MatMulInteger", "ReduceMax", "Round"}
@@ -38,9 +39,10 @@ def test_the_list_is_of_the_operator_set_that_graphs_have() -> None:
     assert without == INTEGERS_ALONE - {"MatMulInteger"} | {"Identity"}
 
 
+@pytest.mark.parametrize("quant", ["f32", "f16", "int8", "int4"])
 @pytest.mark.parametrize("name", NAMES)
-def test_attention_in_float32_is_all_that_cuda_lacks(name: str) -> None:
-    found = graph(name)
+def test_attention_in_float32_is_all_that_cuda_lacks(name: str, quant: str) -> None:
+    found = read_model(onnx_runs.exported(name, quant).read_bytes()).graph
     layers = sum(node.op == "GroupQueryAttention" for node in found.nodes)
     assert without_kernel(found) == Counter({ATTENTION: layers} if layers else {})
 
