@@ -106,27 +106,23 @@ class Flash:
         """The rare tokens to score, int64 [1, S, rare], of ``states`` [1, S, dim]; -1: none."""
         low, routers = ("lowrank" in self.sidecar.recipe), ("clusters" in self.sidecar.recipe)
         size = self.tokens.shape[1]
-        g.store("flash.tokens", "int64", [self.tokens])
         if routers:
             bias = self._read("head.bias").view(np.float32)
             name = g.weight("head.bias", "float32", bias.shape, [bias])
             near = w.product(states, self._matrix(w, "head.routers"), (1, "S"), name)
             _, best = _top(g, near, self.clusters)
             if not low:
-                tokens = g.node("Gather", self._tokens(g, *self.tokens.shape), best)
-                return g.node("Reshape", tokens, _shape(g, 1, -1, self.rare))
+                tokens = g.weight("flash.tokens", "int64", self.tokens.shape, [self.tokens])
+                return g.node("Reshape", g.node("Gather", tokens, best), _shape(g, 1, -1, self.rare))
             scores = self._some_low_rank(g, w, states, best)
         else:
             scores, best = self._all_low_rank(g, w, states)
         _, chosen = _top(g, g.node("Reshape", scores, _shape(g, 1, -1, self.clusters * size)), self.rare)
-        tokens = self._tokens(g, self.tokens.size)
+        tokens = g.weight("flash.tokens", "int64", (self.tokens.size,), [self.tokens])
         each = g.constant(np.array(size, np.int64))
         cluster = g.node("GatherElements", best, g.node("Div", chosen, each), axis=2)
         place = g.node("Add", g.node("Mul", cluster, each), g.node("Mod", chosen, each))
         return g.node("Gather", tokens, place)
-
-    def _tokens(self, g: Graph, *shape: int) -> str:
-        return g.view("flash.tokens", shape)
 
     def _penalty(self) -> npt.NDArray[np.float32]:
         """What keeps places without a rare token from being chosen, [clusters, size]."""
@@ -183,14 +179,13 @@ class Flash:
             return g.node("Add", scaled, g.node("Gather", by_offset, best))
 
         def floats() -> str:
-            # Divided by the largest of them no sum is beyond float16.
+            # Divided by the largest of them a sum is at most 63 times the rank, which float16 has.
             row = g.node("Cast", g.node("Div", image, most), to=_TO_HALF)
             columns = g.node("Cast", g.node("Gather", packed, best), to=_TO_HALF)
             sums = g.node("MatMul", g.node("Unsqueeze", row, _shape(g, 2, 3)), columns)
             sums = g.node("Squeeze", g.node("Cast", sums, to=_TO_FLOAT), _shape(g, 3))
             scaled = g.node("Mul", sums, g.node("Gather", by_scale, best))
-            tokens = g.node("Gather", self._tokens(g, *self.tokens.shape), best)
-            nobody = g.node("Less", tokens, g.constant(np.array(0, np.int64)))
+            nobody = g.node("Less", g.node("Gather", by_offset, best), _number(g, _NEVER / 2))
             return g.node("Where", nobody, _number(g, _NEVER), scaled)
 
         return _either(g, integers, floats, (1, "S", self.clusters, size))
