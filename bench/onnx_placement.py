@@ -4,7 +4,9 @@
 PATH is where ``pip install --no-deps --target PATH onnxruntime-gpu==1.24.4`` put it. Its CUDA provider needs
 the libraries of CUDA and one device to register its kernels and to choose nodes by them, and computes
 nothing then. So libraries are built that have every function it asks for: those that give memory do, the
-others return 0. Nothing can be run with them. Needs gcc, nm and readelf.
+others return 0. Then a step by each head is run. What it gives is nothing, since no kernel computes, but each
+looks at its inputs first, and refuses what it cannot take. Releases after 1.24 also refuse this device.
+Needs gcc, nm and readelf.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import tempfile
 from pathlib import Path
 
 # Of cudaDeviceProp: bytes of memory at 288 and of shared memory at 296, threads of a warp and of a block at
-# 308 and 320, the architecture (8.7, an Orin) at 360, multiprocessors at 388.
+# 308 and 320, blocks of a grid at 336, the architecture (8.7, an Orin) at 360, multiprocessors at 388, in
+# CUDA 13 at 384.
 _PROPERTIES = """memset(p, 0, 1008); strcpy(p, "none"); *(long*)(p + 288) = 8l << 30;
-*(long*)(p + 296) = 49152; *(int*)(p + 308) = 32; *(int*)(p + 320) = 1024; *(int*)(p + 360) = 8;
-*(int*)(p + 364) = 7; *(int*)(p + 388) = 8; return 0;"""
+*(long*)(p + 296) = 49152; *(int*)(p + 308) = 32; *(int*)(p + 320) = 1024;
+*(int*)(p + 336) = 0x7fffffff; *(int*)(p + 340) = *(int*)(p + 344) = 65535; *(int*)(p + 360) = 8;
+*(int*)(p + 364) = 7; *(int*)(p + 384) = *(int*)(p + 388) = 8; return 0;"""
 _ALLOCATE = "*p = aligned_alloc(256, (n + 511) / 256 * 256); return 0;"
 _FUNCTIONS = {
     "cudaMalloc": ("void** p, long n", _ALLOCATE),
@@ -70,6 +74,27 @@ print("| onnxruntime-gpu", onnxruntime.__version__, "| operator | nodes |")
 print("|---|---|---|")
 for (provider, op), count in sorted(nodes.items()):
     print(f"| {provider.removesuffix('ExecutionProvider')} | {op} | {count} |")
+sizes = {"T": 1, "R": 1, "E": 0, "slots": 64, "window_slots": 64}
+types = {"float": numpy.float32, "bool": bool}
+for flash in (False, True) if sys.argv[2] == "flash" else (False,):
+    binding = session.io_binding()
+    for given in session.get_inputs():
+        kind = given.type.removeprefix("tensor(").removesuffix(")")
+        value = numpy.zeros([sizes.get(size, size) for size in given.shape], types.get(kind, kind))
+        if "." in given.name:
+            cache = onnxruntime.OrtValue.ortvalue_from_numpy(value, "cuda", 0)
+            binding.bind_ortvalue_input(given.name, cache)
+            binding.bind_ortvalue_output(given.name.replace(".", "_out."), cache)
+        else:
+            binding.bind_cpu_input(given.name, numpy.array(flash) if given.name == "flash" else value)
+    for made in ("flash_ids", "flash_logits") if flash else ("logits",):
+        binding.bind_output(made)
+    try:
+        session.run_with_iobinding(binding)
+        refused = "no kernel refused its inputs"
+    except Exception as error:
+        refused = str(error)[:400]
+    print("\\nstep by the", "FlashHead:" if flash else "dense head:", refused)
 """
 
 
