@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # token and with many, and of the float32 rate in attention.
 STEP = {"int4": 0.42, "int8": 0.42, "f16": 1.0, "f32": 1.0}
 PROMPT = {"int4": 0.30, "int8": 0.37, "f16": 2.3, "f32": 2.3}
-STEP_ATTENTION, PROMPT_ATTENTION = 0.14, 0.70
+STEP_ATTENTION = {"f32": 0.14, "f16": 0.10}  # float16 is made float32 anew for every query head
+PROMPT_ATTENTION = 0.70
 NODE = 6e-6  # seconds of a node in a step, whatever it computes
 CHOICE = 4e-9  # seconds for each token of the vocabulary, of which a FlashHead takes the best
 KINDS = {"int4": "Q4_0", "int8": "Q8_0", "f16": "F32", "f32": "F32"}  # float16 is made float32
@@ -32,7 +33,7 @@ def decode_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
     spec = case.directory.spec
     body, dense, flash = bytes_of_a_step(case.graph, case.directory)
     read = sum(kv_bytes(spec, case.directory.kv, length).values())
-    attention = _pairs(case, length) / (STEP_ATTENTION * rates.fp32)
+    attention = _pairs(case, length) / (STEP_ATTENTION[case.directory.kv] * rates.fp32)
     steps = [
         _product(case, "body", body, rates, 1),
         Step("attention", attention, read, "arithmetic"),
