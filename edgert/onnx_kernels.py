@@ -5,9 +5,10 @@ whole cache over and back. So a graph is held to this list before it is loaded w
 with ``tensorrt``, which leaves all that it does not know to CUDA; tests hold what the exporter writes to it.
 
 The list is of ONNX Runtime 1.24, the oldest that edgert takes: operators of edgert's graphs, the version that
-operator set 23 has of each, and types, from docs/OperatorKernels.md of its repository. A kernel without an
-end, such as "Cos 7+", is for the version that it names alone: Cos of operator set 23 is version 22, so there
-is none. Later releases have more: 1.31 has Cos, Sin, If, Identity, Round and ReduceMax.
+operator set 23 has of each, and types, from docs/OperatorKernels.md of its repository (commit 001d12d2;
+onnxruntime-gpu 1.24.4 places nodes accordingly, bench/onnx_placement.py). A kernel without an end, such as
+"Cos 7+", is for the version that it names alone: Cos of operator set 23 is version 22, so there is none.
+Later releases have more: 1.31 has Cos, Sin, If, Identity, Round and ReduceMax.
 """
 
 from __future__ import annotations
