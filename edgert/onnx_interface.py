@@ -38,7 +38,7 @@ OPERATORS = {
             "GatherElements": "axis",
             "GatherND": "batch_dims",
             "Gelu": "approximate",
-            "Identity": "",
+            "Identity": "",  # in exports of before onnx_kernels.py
             "If": "then_branch else_branch",
             "Less": "",
             "MatMul": "",
