@@ -12,16 +12,23 @@ import numpy.typing as npt
 import onnxruntime
 
 from edgert.engines.onnx_caches import DTYPES
+from edgert.onnx_interface import INTEGERS
 
 
 class Run:
     """The graph in the file ``path`` (export/onnx_model.py has its inputs and outputs) with caches of
-    ``slots``, those of windowed layers of ``window_slots``."""
+    ``slots``, those of windowed layers of ``window_slots``. ``integers``: whether a FlashHead multiplies
+    integers, as on the CPU, or floats, as elsewhere."""
 
-    def __init__(self, path: Path, slots: int, window_slots: int, threads: int) -> None:
+    def __init__(
+        self, path: Path, slots: int, window_slots: int, threads: int, integers: bool = True
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if not integers:
+            no = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(0, np.uint8))
+            options.add_external_initializers([INTEGERS], [no])
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         inputs = self.session.get_inputs()
         self.shapes: dict[str, list[Any]] = {i.name: i.shape for i in inputs}

@@ -15,6 +15,7 @@ ITEM_BYTES = {FLOAT: 4, UINT8: 1, 3: 1, INT32: 4, INT64: 8, BOOL: 1, FLOAT16: 2,
 BLOCK = 32  # values with one scale
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
+INTEGERS = "flash.integers"  # the constant by which a FlashHead multiplies integers, or floats
 OPSETS = {"": 23, CONTRIB: 1}
 # (domain, operator) -> the attributes that it may have.
 OPERATORS = {
@@ -23,6 +24,7 @@ OPERATORS = {
         for name, attributes in {
             "Abs": "",
             "Add": "",
+            "ArgMax": "axis keepdims",
             "BitShift": "direction",
             "BitwiseAnd": "",
             "Cast": "to",
@@ -36,7 +38,7 @@ OPERATORS = {
             "GatherElements": "axis",
             "GatherND": "batch_dims",
             "Gelu": "approximate",
-            "Identity": "",
+            "Identity": "",  # in exports of before onnx_kernels.py
             "If": "then_branch else_branch",
             "Less": "",
             "MatMul": "",

@@ -122,14 +122,22 @@ def _check_values(what: str, expected: Mapping[str, interface.Typed], found: tup
 
 
 def _branches(graph: Graph, flash: bool) -> list[Graph]:
-    """The two branches of the FlashHead's If, which is the only one."""
-    found = [branch for node in graph.nodes for branch in node.attributes.values() if branch]
+    """The two branches of the FlashHead's If, and those within them: products of integers, or of floats."""
+    found = _inner(graph)
     if len(found) != 2 * flash:
         raise _Foreign(f"expected {2 * flash} branches, found {len(found)}")
-    for branch in found:
-        if branch.inputs or branch.initializers or len(branch.outputs) != 3:
-            raise _Foreign("expected branches with three outputs, without inputs and initializers")
-    return found
+    inner = [branch for outer in found for branch in _inner(outer)]
+    if len(inner) not in (0, 2, 4):
+        raise _Foreign(f"expected at most 4 branches in branches, found {len(inner)}")
+    for branches, outputs, what in (found, 3, "three outputs"), (inner, 1, "one output"):
+        for branch in branches:
+            if branch.inputs or branch.initializers or len(branch.outputs) != outputs:
+                raise _Foreign(f"expected branches with {what}, without inputs and initializers")
+    return found + inner
+
+
+def _inner(graph: Graph) -> list[Graph]:
+    return [branch for node in graph.nodes for branch in node.attributes.values() if branch]
 
 
 def _check_node(node: Node) -> None:

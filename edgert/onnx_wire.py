@@ -157,8 +157,8 @@ class _Reader:
         return Model(m["ir_version"] or 0, opsets, self._graph(m["graph"], 0))
 
     def _graph(self, at: Span, depth: int) -> Graph:
-        if depth > 1:
-            raise WireError("expected branches without further branches", at[0])
+        if depth > 2:
+            raise WireError("expected branches in branches, without further ones", at[0])
         g = self._message(at, "graph", _GRAPH)
         for span in g["value_info"]:
             self._value(span)

@@ -20,22 +20,31 @@ The rows of an int4 or int8 head are not made floats, which takes longer than al
 rounded to int8 in blocks of 32, as MatMulNBits rounds them, and put on the diagonal of a matrix of blocks; a
 product of integers with the half bytes of the rows then gives the sum of each block, and scales make logits
 of these. They are the dense head's to the rounding of float32 sums.
+
+Such products of integers are for the CPU: CUDA has none of unsigned bytes, nor operators on bits. So wherever
+one is, another branch multiplies floats, of the same weights. :data:`INTEGERS` chooses, a constant in the
+file with the weights: ONNX Runtime puts the chosen branch in the place of the ``If`` and drops the other
+one, so it costs nothing. Who loads the graph for another provider has it replaced by 0
+(``SessionOptions.add_external_initializers``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from edgert.export.calibration_text import load_domains
 from edgert.export.clusters import UNIT
-from edgert.export.onnx_graph import Graph
+from edgert.export.onnx_graph import Graph, Shape, value_info
 from edgert.export.onnx_weights import Stored, Weights
 from edgert.export.quantise import BLOCK, dequantise
 from edgert.models import ModelSpec
 
 from edgert import _native
+from edgert.onnx_interface import INTEGERS
 from edgert.sidecar import Sidecar
 from edgert.tokenizer import Tokenizer
 
@@ -44,7 +53,7 @@ SEEN = 4  # and one common token of so many is so since text has it often
 TOKENS_PER_UNIT = {True: 1, False: 2}  # with and without routers
 _NEVER = -1e30  # added to a score: all others are better
 _TINY = 1e-30
-_TO_FLOAT, _TO_UINT8, _TO_INT8 = 1, 2, 3
+_TO_FLOAT, _TO_UINT8, _TO_INT8, _TO_BOOL, _TO_HALF = 1, 2, 3, 9, 10
 _ROW, _STATE = 63, 127  # largest codes: two products of these bytes, 128 added to one, fit into 16 bits
 
 
@@ -100,14 +109,15 @@ class Flash:
         if routers:
             bias = self._read("head.bias").view(np.float32)
             name = g.weight("head.bias", "float32", bias.shape, [bias])
-            best = _top(g, w.product(states, self._matrix(w, "head.routers"), (1, "S"), name), self.clusters)
+            near = w.product(states, self._matrix(w, "head.routers"), (1, "S"), name)
+            _, best = _top(g, near, self.clusters)
             if not low:
                 tokens = g.weight("flash.tokens", "int64", self.tokens.shape, [self.tokens])
                 return g.node("Reshape", g.node("Gather", tokens, best), _shape(g, 1, -1, self.rare))
             scores = self._some_low_rank(g, w, states, best)
         else:
             scores, best = self._all_low_rank(g, w, states)
-        chosen = _top(g, g.node("Reshape", scores, _shape(g, 1, -1, self.clusters * size)), self.rare)
+        _, chosen = _top(g, g.node("Reshape", scores, _shape(g, 1, -1, self.clusters * size)), self.rare)
         tokens = g.weight("flash.tokens", "int64", (self.tokens.size,), [self.tokens])
         each = g.constant(np.array(size, np.int64))
         cluster = g.node("GatherElements", best, g.node("Div", chosen, each), axis=2)
@@ -126,7 +136,16 @@ class Flash:
         flat = w.product(image, self._matrix(w, "head.rows"), (1, "S"))
         each = g.node("Reshape", flat, _shape(g, 1, -1, *self.tokens.shape))
         each = g.node("Add", each, g.weight("flash.none", "float32", self.tokens.shape, [self._penalty()]))
-        best = _top(g, g.node("ReduceMax", each, _shape(g, 3), keepdims=0), self.clusters)
+
+        def by_place() -> str:
+            place = g.node("ArgMax", each, axis=3, keepdims=1)
+            return g.node("Squeeze", g.node("GatherElements", each, place, axis=3), _shape(g, 3))
+
+        clusters = len(self.tokens)
+        most = _either(
+            g, lambda: g.node("ReduceMax", each, _shape(g, 3), keepdims=0), by_place, (1, "S", clusters)
+        )
+        _, best = _top(g, most, self.clusters)
         return g.node("GatherND", each, g.node("Unsqueeze", best, _shape(g, 3)), batch_dims=2), best
 
     def _some_low_rank(self, g: Graph, w: Weights, states: str, best: str) -> str:
@@ -148,14 +167,28 @@ class Flash:
         by_offset = g.weight("flash.offsets", "float32", scales.shape, [offsets])
         image = w.product(states, self._matrix(w, "head.projection"), (1, "S"))
         image = g.node("Mul", image, g.weight("flash.axes", "float32", axes.shape, [axes]))
-        most = g.node("ReduceMax", g.node("Abs", image), _shape(g, 2), keepdims=1)
-        scale = g.node("Div", g.node("Max", most, _number(g, _TINY)), _number(g, _STATE))
-        whole = g.node("Add", g.node("Round", g.node("Div", image, scale)), _number(g, _STATE + 1))
-        row = g.node("Unsqueeze", g.node("Cast", whole, to=_TO_UINT8), _shape(g, 2, 3))
-        sums = g.node("MatMulInteger", row, g.node("Gather", packed, best))
-        sums = g.node("Squeeze", g.node("Cast", sums, to=_TO_FLOAT), _shape(g, 3))
-        scaled = g.node("Mul", sums, g.node("Gather", by_scale, best))
-        return g.node("Add", scaled, g.node("Gather", by_offset, best))
+        most = g.node("Max", _top(g, g.node("Abs", image), 1)[0], _number(g, _TINY))
+
+        def integers() -> str:
+            scale = g.node("Div", most, _number(g, _STATE))
+            whole = g.node("Add", g.node("Round", g.node("Div", image, scale)), _number(g, _STATE + 1))
+            row = g.node("Unsqueeze", g.node("Cast", whole, to=_TO_UINT8), _shape(g, 2, 3))
+            sums = g.node("MatMulInteger", row, g.node("Gather", packed, best))
+            sums = g.node("Squeeze", g.node("Cast", sums, to=_TO_FLOAT), _shape(g, 3))
+            scaled = g.node("Mul", sums, g.node("Gather", by_scale, best))
+            return g.node("Add", scaled, g.node("Gather", by_offset, best))
+
+        def floats() -> str:
+            # Divided by the largest of them a sum is at most 63 times the rank, which float16 has.
+            row = g.node("Cast", g.node("Div", image, most), to=_TO_HALF)
+            columns = g.node("Cast", g.node("Gather", packed, best), to=_TO_HALF)
+            sums = g.node("MatMul", g.node("Unsqueeze", row, _shape(g, 2, 3)), columns)
+            sums = g.node("Squeeze", g.node("Cast", sums, to=_TO_FLOAT), _shape(g, 3))
+            scaled = g.node("Mul", sums, g.node("Gather", by_scale, best))
+            nobody = g.node("Less", g.node("Gather", by_offset, best), _number(g, _NEVER / 2))
+            return g.node("Where", nobody, _number(g, _NEVER), scaled)
+
+        return _either(g, integers, floats, (1, "S", self.clusters, size))
 
     def _matrix(self, w: Weights, name: str) -> Stored:
         info, data = self._tensor(name)
@@ -169,6 +202,13 @@ class Flash:
         return np.frombuffer(self.sidecar.file.read(name), np.uint8)
 
 
+def add_choice(g: Graph) -> None:
+    """What :func:`_either` goes by. ONNX Runtime 1.32 does not find the file of a constant that is itself the
+    condition of an inner ``If``, so this is a cast of it, in the outermost graph."""
+    constant = g.weight(INTEGERS, "uint8", (), [np.array(1, np.uint8)])
+    g.node("Cast", constant, name=INTEGERS + ".bool", to=_TO_BOOL)
+
+
 def add_flash_head(
     g: Graph, w: Weights, spec: ModelSpec, head: Stored, states: str, flash: Flash
 ) -> tuple[str, str]:
@@ -179,18 +219,31 @@ def add_flash_head(
     found = flash.choose(g, w, states)
     zero = g.constant(np.array(0, np.int64))
     ids = g.node("Max", found, zero)
-    if head.bits:
-        logits = _integer_scores(g, w, head, states, ids)
-    else:
+
+    def floats() -> str:
         rows = w.rows(head, ids, (1, "S", flash.rare, spec.dim))
         column = g.node("Unsqueeze", states, _shape(g, 3))
-        logits = g.node("Squeeze", g.node("MatMul", rows, column), _shape(g, 3))
+        return g.node("Squeeze", g.node("MatMul", rows, column), _shape(g, 3))
+
+    if head.bits:
+        logits = _either(g, lambda: _integer_scores(g, w, head, states, ids), floats, (1, "S", flash.rare))
+    else:
+        logits = floats()
     nobody = g.node("Less", found, zero)
     logits = g.node("Where", nobody, g.constant(np.array(-np.inf, np.float32)), logits)
     count = g.node("Shape", states, start=1, end=2)
     shape = g.node("Concat", _shape(g, 1), count, _shape(g, 1), axis=0)
     ids = g.node("Concat", g.node("Expand", names, shape), ids, axis=2)
     return ids, g.node("Concat", always, logits, axis=2)
+
+
+def _either(g: Graph, integers: Callable[[], str], floats: Callable[[], str], shape: Shape) -> str:
+    """A float32 of this ``shape``, by products of integers or by those of floats."""
+    branches: list[Any] = []
+    for make, name in ((integers, "integers"), (floats, "floats")):
+        with g.branch(branches, name) as outputs:
+            outputs.append(value_info(make(), "float32", shape))
+    return g.node("If", INTEGERS + ".bool", then_branch=branches[0], else_branch=branches[1])
 
 
 def _integer_scores(g: Graph, w: Weights, head: Stored, states: str, ids: str) -> str:
@@ -231,10 +284,11 @@ def _diagonal(g: Graph, x: str, blocks: int, size: int) -> str:
     return g.node("Reshape", spread, _shape(g, 1, -1, blocks * size, blocks))
 
 
-def _top(g: Graph, scores: str, count: int) -> str:
+def _top(g: Graph, scores: str, count: int) -> tuple[str, str]:
+    """The ``count`` best along the last axis, in no order, and where they are."""
     values, indices = g.fresh("TopK_values"), g.fresh("TopK")
     g.nodes("TopK", [scores, _shape(g, count)], [values, indices], axis=-1, sorted=0)
-    return indices
+    return values, indices
 
 
 def _number(g: Graph, value: float) -> str:

@@ -31,9 +31,9 @@ def add_body(g: Graph, w: Weights, spec: ModelSpec, kv: str, embedded: str) -> s
     return x
 
 
-def norm(g: Graph, w: Weights, spec: ModelSpec, x: str, name: str) -> str:
-    """RMSNorm over the last axis of ``x`` with the weight ``name``."""
-    return g.node("RMSNormalization", x, w.vector(name), axis=-1, epsilon=spec.norm_eps)
+def norm(g: Graph, w: Weights, spec: ModelSpec, x: str, weight: str, name: str = "") -> str:
+    """RMSNorm over the last axis of ``x`` with this ``weight``, called ``name``."""
+    return g.node("RMSNormalization", x, w.vector(weight), name=name, axis=-1, epsilon=spec.norm_eps)
 
 
 def _ffn(g: Graph, w: Weights, spec: ModelSpec, p: str, h: str) -> str:

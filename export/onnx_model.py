@@ -84,7 +84,7 @@ def build(
     table = w.matrix(["token_embd.weight"], by_row=True)
     x = add_body(g, w, spec, kv, w.rows(table, "input_ids", (1, "T", spec.dim)))
     wanted = g.node("Gather", x, "rows", axis=1)
-    hidden = g.node("Identity", norm(g, w, spec, wanted, spec.output_norm), name="hidden")
+    hidden = norm(g, w, spec, wanted, spec.output_norm, name="hidden")
     g.output("hidden", "float32", (1, "R", spec.dim))
     states = g.node("Concat", hidden, "more_states", axis=1)
     head = table if spec.tied_head else w.matrix(["output.weight"], by_row=flash is not None)

@@ -168,7 +168,7 @@ def sieve(g: Graph, way: str) -> None:
         g.output("y", "int32", (1, CHOSEN * CLUSTER, 1))
     else:
         by_axis = rng.integers(-63, 64, (clusters, RANK, CLUSTER), np.int8)
-        g.input("x", "uint8", (1, 1, 1, RANK))
+        g.input("x", "int8" if way == "axis by axis, signed state" else "uint8", (1, 1, 1, RANK))
         found = g.node("Gather", g.weight("w", "int8", by_axis.shape, [by_axis]), "best")
         g.node("MatMulInteger", "x", found, name="y")
         g.output("y", "int32", (1, CHOSEN, 1, CLUSTER))
@@ -183,6 +183,7 @@ def sieve_table() -> None:
         "all, int4": rng.standard_normal((1, 1, RANK), np.float32),
         "rows": rng.integers(-63, 64, (1, RANK, 1), np.int8),
         "axis by axis": rng.integers(0, 128, (1, 1, 1, RANK), np.uint8),
+        "axis by axis, signed state": rng.integers(-63, 64, (1, 1, 1, RANK), np.int8),
     }
     for way, x in state.items():
         s = session(partial(sieve, way=way))

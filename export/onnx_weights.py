@@ -105,28 +105,31 @@ class Weights:
         self._graph.weight(name + ".scales", "float32", scales.shape, [scales])
         return Stored(name, len(data), cols, bits, False, True)
 
-    def product(self, x: str, by: Stored, first: Sequence[int | str], bias: str = "") -> str:
-        """``x`` [*first, cols] times the matrix, plus ``bias`` [rows]: [*first, rows]."""
+    def product(self, x: str, by: Stored, first: Sequence[int | str], bias: str = "", name: str = "") -> str:
+        """``x`` [*first, cols] times the matrix, plus ``bias`` [rows]: [*first, rows], called ``name``. The
+        bias is a node of its own: MatMulNBits takes one, but ONNX Runtime 1.24's on CUDA does not."""
         g = self._graph
+        own = "" if bias else name
         if by.bits:
-            more = [bias] if bias else []
-            blocks = g.view(by.name, (by.rows, by.cols // BLOCK, BLOCK * by.bits // 8))
-            inputs = [x, blocks, by.name + ".scales", *(["", ""] if bias else []), *more]
-            return g.contrib(
+            out = g.contrib(
                 "MatMulNBits",
-                *inputs,
+                x,
+                g.view(by.name, (by.rows, by.cols // BLOCK, BLOCK * by.bits // 8)),
+                by.name + ".scales",
                 shape=(*first, by.rows),
+                name=own,
                 K=by.cols,
                 N=by.rows,
                 bits=by.bits,
                 block_size=BLOCK,
                 accuracy_level=4,
             )
-        matrix = g.node("Cast", by.name, to=1) if by.half else by.name
-        if by.by_row:
-            matrix = g.node("Transpose", matrix, perm=[1, 0])
-        out = g.node("MatMul", x, matrix)
-        return g.node("Add", out, bias) if bias else out
+        else:
+            matrix = g.node("Cast", by.name, to=1) if by.half else by.name
+            if by.by_row:
+                matrix = g.node("Transpose", matrix, perm=[1, 0])
+            out = g.node("MatMul", x, matrix, name=own)
+        return g.node("Add", out, bias, name=name) if bias else out
 
     def flat(self, of: Stored) -> str:
         """The codes of a quantised matrix, uint8 [rows, cols * bits / 8]."""

@@ -44,5 +44,12 @@ def exported(name: str, quant: str = "f32", file: str = "F32", kv: str = "f32") 
 
 
 class Run(onnx_run.Run):
-    def __init__(self, path: Path, slots: int = SLOTS, window_slots: int = SLOTS, threads: int = 1) -> None:
-        super().__init__(path, slots, window_slots, threads)
+    def __init__(
+        self,
+        path: Path,
+        slots: int = SLOTS,
+        window_slots: int = SLOTS,
+        threads: int = 1,
+        integers: bool = True,
+    ) -> None:
+        super().__init__(path, slots, window_slots, threads, integers)

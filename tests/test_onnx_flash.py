@@ -6,11 +6,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from edgert.export.gguf_writer import write_gguf
 from edgert.export.onnx_flash import Flash, common_tokens
 from edgert.export.quantise import dequantise
 from flash_files import SPECIAL, parts
+from onnx import numpy_helper
 from onnx_runs import Run, export, new_directory
 from tiny_models import prompt, tiny
 
@@ -35,9 +37,9 @@ def common(name: str) -> np.ndarray:
     return common_tokens(tokenizer, tiny(name).spec.vocab_size)
 
 
-def both(name: str, recipe: str, quant: str, count: int = 12) -> tuple[np.ndarray, ...]:
+def both(name: str, recipe: str, quant: str, integers: bool = True) -> tuple[np.ndarray, ...]:
     """(ids, flash logits, dense logits, hidden states) of every token of a prompt."""
-    run = Run(flash_graph(name, recipe, quant)[0])
+    run, count = Run(flash_graph(name, recipe, quant)[0], integers=integers), 12
     tokens = prompt(tiny(name), count)
     ids, logits, none = run(tokens, 0, ("flash_ids", "flash_logits", "logits"), flash=np.array(True))
     dense, hidden, no_ids = run(tokens, 0, ("logits", "hidden", "flash_ids"))
@@ -57,6 +59,38 @@ def test_logits_are_the_dense_heads(name: str, recipe: str, quant: str) -> None:
         assert SPECIAL in row[known]
         assert len(set(row[known])) == known.sum() > 0
         assert not row[~known].any()
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_products_of_floats_are_those_of_integers_without_their_rounding(quant: str) -> None:
+    """Logits are products of the unrounded states with the very rows; and the same tokens are chosen, but
+    for those as good."""
+    path, _ = flash_graph("llama", "clusters+lowrank", quant)
+    ids, logits, dense, hidden = both("llama", "clusters+lowrank", quant, integers=False)
+    rows = head_rows(path, 4 if quant == "int4" else 8)
+    expected = np.take_along_axis(hidden @ rows.T, ids, 1)
+    always = len(common("llama")) + 1  # the special one too
+    scored = np.isfinite(logits)
+    assert scored[:, always:].any()
+    error = np.abs(np.where(scored, logits - expected, 0))[:, always:].max()
+    assert error < 1e-5 * np.abs(dense).max()
+    in_integers, known, *_ = both("llama", "clusters+lowrank", quant)
+    shared = [
+        len(set(a[i]) & set(b[j])) / j.sum()
+        for a, i, b, j in zip(ids, scored, in_integers, np.isfinite(known), strict=True)
+    ]
+    assert min(shared) > 0.9
+
+
+def head_rows(path: Path, bits: int) -> np.ndarray:
+    """The rows of the tied head in a graph, float32 [vocab, dim]."""
+    tensors = {t.name: t for t in onnx.load(path).graph.initializer}
+    codes = numpy_helper.to_array(tensors["token_embd.weight"]).reshape(tiny("llama").spec.vocab_size, -1)
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], -1).reshape(len(codes), -1)
+    scales = numpy_helper.to_array(tensors["token_embd.weight.scales"])
+    rows: np.ndarray = (codes.astype(np.float32) - 2 ** (bits - 1)) * scales.repeat(32, 1)
+    return rows
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -82,11 +116,12 @@ def best_of(scores: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(-scores)[:count]
 
 
+@pytest.mark.parametrize("integers", [True, False])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_rare_tokens_with_the_best_scores_are_chosen(recipe: str) -> None:
+def test_the_rare_tokens_with_the_best_scores_are_chosen(recipe: str, integers: bool) -> None:
     """As the sidecar's tensors rank them, computed here; in two stages but for what rounding may exchange."""
     _, sidecar = flash_graph("llama", recipe, "f32")
-    ids, logits, _, hidden = both("llama", recipe, "f32")
+    ids, logits, _, hidden = both("llama", recipe, "f32", integers)
     flash = Flash.of(sidecar, common("llama"))
     assert SPECIAL in flash.common
     for i, state in enumerate(hidden):

@@ -18,8 +18,9 @@ from edgert.cost import kv_bytes
 from edgert.engines.base import Ids, Logits
 from edgert.engines.onnx_caches import Caches, Slots, States
 from edgert.engines.onnx_pass import Outputs, Pass
-from edgert.engines.onnx_providers import Loaded, load_graph, load_runtime
+from edgert.engines.onnx_providers import Loaded, check_kernels, load_graph, load_runtime
 from edgert.errors import EngineError
+from edgert.onnx_interface import INTEGERS
 from edgert.onnx_preflight import preflight
 from edgert.platforms.detect import detect_threads
 from edgert.tier import IN_MEMORY, Tier
@@ -55,16 +56,18 @@ class OnnxEngine:
         graph: Graph | None = None,
     ) -> None:
         self.runtime = load_runtime(provider)
-        _check_kv(directory, provider)
+        graph = graph or preflight(directory).graph
+        check_kernels(graph, directory.path, provider)
         self.directory, self.spec, self.provider = directory, directory.spec, provider
         self.threads, self.slots, self.tier = threads or detect_threads(), slots, tier
-        self._step_bytes = bytes_of_a_step(graph or preflight(directory).graph, directory)
+        self._step_bytes = bytes_of_a_step(graph, directory)
         self._loaded: Loaded | None = load_graph(
             # Between two sparse steps the core counts votes.
             directory.graph,
             provider,
             self.threads,
             rest=slots > 0,
+            constants=_constants(graph, provider),
         )
         self._sessions: weakref.WeakSet[OnnxSession] = weakref.WeakSet()
 
@@ -135,14 +138,11 @@ class OnnxEngine:
         self._loaded = None
 
 
-def _check_kv(directory: OnnxDirectory, provider: str) -> None:
-    """Raises EngineError where ``provider`` cannot compute attention. The CUDA kernel of GroupQueryAttention
-    takes float16 and bfloat16, in every ONNX Runtime up to 1.32; the CPU's takes float32 too."""
-    if provider != "cpu" and directory.kv != "f16":
-        raise EngineError(
-            f"provider={provider!r} has no attention with keys and values in {directory.kv}, which "
-            f"{directory.path} has: export the model again with --kv f16, or take provider='cpu'"
-        )
+def _constants(graph: Graph, provider: str) -> dict[str, Any]:
+    """Initializers that are others for ``provider``: a FlashHead multiplies integers on the CPU alone."""
+    if provider != "cpu" and any(tensor.name == INTEGERS for tensor in graph.initializers):
+        return {INTEGERS: np.array(0, np.uint8)}
+    return {}
 
 
 def bytes_of_a_step(graph: Graph, directory: OnnxDirectory) -> tuple[int, int, int]:

@@ -9,10 +9,16 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgert.errors import EngineError, UsageError
+from edgert.onnx_kernels import LISTED, without_kernel
 from edgert.platforms.state import detect_l4t
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edgert.onnx_wire import Graph
 
 # With 1.23.2 the graphs of models with sliding windows give other logits: tests/test_onnx_graph.py fails.
 OLDEST = (1, 24)
@@ -93,6 +99,24 @@ def _remedy(provider: str, root: Path = Path("/")) -> str:
     return "pip uninstall onnxruntime, then pip install 'edgert[onnx-gpu]'"
 
 
+def check_kernels(graph: Graph, path: Path, provider: str) -> None:
+    """Raises EngineError for a ``graph``, in the directory ``path``, with nodes that ``provider`` would leave
+    to the processor, as far as the list of its kernels tells."""
+    if provider == "cpu":
+        return
+    left = without_kernel(graph)
+    if not left:
+        return
+    what = ", ".join(f"{count} {name}" for name, count in sorted(left.items()))
+    remedies = ["with this version of edgert"] if any("Group" not in name for name in left) else []
+    if any("GroupQueryAttention" in name for name in left):
+        remedies.append("with --kv f16, CUDA has no attention with keys and values in float32")
+    raise EngineError(
+        f"provider={provider!r}: ONNX Runtime {LISTED} has no CUDA kernel for nodes of {path}: {what}; "
+        f"export the model again {' and '.join(remedies)}, or take provider='cpu'"
+    )
+
+
 @dataclass(frozen=True)
 class Loaded:
     """``session``: an onnxruntime.InferenceSession. ``nodes``: how many run on which provider, by its name;
@@ -104,10 +128,17 @@ class Loaded:
     device: str
 
 
-def load_graph(graph: Path, provider: str, threads: int, rest: bool = False) -> Loaded:
+def load_graph(
+    graph: Path,
+    provider: str,
+    threads: int,
+    rest: bool = False,
+    constants: Mapping[str, Any] | None = None,
+) -> Loaded:
     """Load the graph in a file. ``rest``: its threads sleep between two runs, when others have work, in place
-    of spinning. Raises EngineError when ONNX Runtime cannot, and when ``provider`` is an accelerator that did
-    not take all heavy nodes: they would run on the processor unnoticed."""
+    of spinning. ``constants``: arrays in the place of initializers of these names. Raises EngineError when
+    ONNX Runtime cannot, and when ``provider`` is an accelerator that did not take all heavy nodes: they would
+    run on the processor unnoticed."""
     runtime = load_runtime(provider)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -115,6 +146,9 @@ def load_graph(graph: Path, provider: str, threads: int, rest: bool = False) -> 
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if rest:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if constants:
+        values = [runtime.OrtValue.ortvalue_from_numpy(value) for value in constants.values()]
+        options.add_external_initializers(list(constants), values)
     try:
         session = runtime.InferenceSession(str(graph), options, providers=list(_ORDER[provider]))
     except Exception as error:  # whatever ONNX Runtime's classes derive from
