@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .engines.onnx import CHUNK, bytes_of_a_step
 from .onnx_memory import BLOCK_BYTES, all_nodes, kv_bytes, slots_in_use
+from .onnx_sparse_plan import working_set_steps
 from .plan_time import OVERLAP, Step
 
 if TYPE_CHECKING:
@@ -31,14 +32,18 @@ def decode_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
     """One token with ``length`` positions in the cache."""
     spec = case.directory.spec
     body, dense, flash = bytes_of_a_step(case.graph, case.directory)
-    read = sum(kv_bytes(spec, length).values())
-    attention = _pairs(case, length) / (STEP_ATTENTION * rates.fp32)
+    seen = min(length, case.chosen or length)
+    kept = {**kv_bytes(spec, length), 0: kv_bytes(spec, seen).get(0, 0)}
+    read = sum(kept.values())
+    attention = _pairs(case, length, seen) / (STEP_ATTENTION * rates.fp32)
     steps = [
         _product(case, "body", body, rates, 1),
         Step("attention", attention, read, "arithmetic"),
         _product(case, "head", dense if case.head == "dense" else flash, rates, 1),
         Step("fixed", NODE * _count(case), 0, "fixed"),
     ]
+    if case.chosen:
+        steps += working_set_steps(case, rates, length, kept[0] // seen)
     if case.head == "dense":
         return tuple(steps)
     steps.append(Step("choice", CHOICE * spec.vocab_size, 0, "arithmetic"))
@@ -52,7 +57,7 @@ def prefill_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]
     one = _product(case, "body", body, rates, tokens)
     passes = length / tokens
     # Position i attends to i positions, or to the slots of a window.
-    pairs = sum(_pairs(case, n) * tokens for n in range(tokens // 2, length, tokens))
+    pairs = sum(_pairs(case, n, n) * tokens for n in range(tokens // 2, length, tokens))
     return (
         Step("body", one.seconds * passes, round(one.bytes * passes), one.limit),
         Step("attention", pairs / (PROMPT_ATTENTION * rates.fp32), 0, "arithmetic"),
@@ -77,12 +82,16 @@ def _product(case: OnnxCase, name: str, stored: int, rates: Rates, tokens: int) 
     return Step(name, seconds, packed, "memory" if memory >= arithmetic else "arithmetic")
 
 
-def _pairs(case: OnnxCase, length: int) -> int:
-    """Multiply-adds of attention for one token after ``length``. ONNX Runtime's operator goes through all
-    slots in use, also those that lie before the window."""
+def _pairs(case: OnnxCase, length: int, seen: int) -> int:
+    """Multiply-adds of attention for one token after ``length``, of which layers that see everything have
+    ``seen`` in slots. ONNX Runtime's operator goes through all slots in use, also those that lie before the
+    window."""
     spec = case.directory.spec
     return sum(
-        2 * spec.n_heads * spec.head_dim * slots_in_use(spec, layer.window, length)
+        2
+        * spec.n_heads
+        * spec.head_dim
+        * slots_in_use(spec, layer.window, length if layer.window else seen)
         for layer in spec.layers
         if layer.kind == "attention"
     )
