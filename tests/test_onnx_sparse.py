@@ -86,8 +86,8 @@ def off_its_set(session: SparseSession, found: np.ndarray, token: int) -> tuple[
     caches hold the session's pages in the order of their positions, and one with a page too few."""
     pages, length = session._set.pages, session.length - 1
     session.rewind(length)
-    session._set.whole(1)
-    everything = {name: buffer.read() for name, buffer in session._set.buffers.items()}
+    with session._everything(1):
+        everything = {name: buffer.read() for name, buffer in session._set.buffers.items()}
     reference = Run(exported("qwen3", "f32") / "model.onnx", 2000)
 
     def step(pages: list[int]) -> np.ndarray:
@@ -99,9 +99,7 @@ def off_its_set(session: SparseSession, found: np.ndarray, token: int) -> tuple[
         filled = np.array([len(slots)], np.int32)
         return np.asarray(reference([token], length, filled=filled)[0][0, 0])
 
-    off = worst(found, step(pages)), worst(found, step([*pages[:5], *pages[6:]]))
-    session._set.back()
-    return off
+    return worst(found, step(pages)), worst(found, step([*pages[:5], *pages[6:]]))
 
 
 def test_a_step_sees_the_pages_of_the_set_and_no_others() -> None:
