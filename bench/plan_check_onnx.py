@@ -239,11 +239,11 @@ def main() -> None:
     if not rates.measured:
         raise SystemExit("run `edgert doctor` first: the plan needs its measurements")
     kept = [json.loads(line) for line in args.runs.read_text().splitlines()] if args.runs.exists() else []
-    runs = {made.key: made for made in (Run(**values) for values in kept if "taken" not in values)}
+    runs = {known.key: known for known in (Run(**values) for values in kept if "taken" not in values)}
     sparse = [
         SparseRun(**{**values, "taken": Taken(**values["taken"])}) for values in kept if "taken" in values
     ]
-    sparse_runs = {made.key: made for made in sparse}
+    sparse_runs = {known.key: known for known in sparse}
 
     def keep(made: Run | SparseRun) -> None:
         with args.runs.open("a") as file:
@@ -278,13 +278,22 @@ def main() -> None:
                     continue
                 keep(found)
             case = sparse_case(directory, budget, rates.threads)
-            row_ = sparse_row(
-                case, found.taken, directory.name, directory.quant, context, found.limit or None, rates
+            sparse_rows.append(
+                sparse_row(
+                    case,
+                    found.taken,
+                    directory.name,
+                    directory.quant,
+                    context,
+                    found.limit or None,
+                    rates,
+                    context + STEPS,
+                )
             )
-            sparse_rows.append(row_)
+            made = sparse_rows[-1]
             say(
-                f"{row_.model} sparse {budget} {context} {row_.slots}: memory {row_.memory_error:+.1%}, "
-                f"time {row_.time_error:+.1%}"
+                f"{made.model} sparse {budget} {context} {made.slots}: memory {made.memory_error:+.1%}, "
+                f"time {made.time_error:+.1%}"
             )
     put(table(rows, sparse_rows, rates.name), args.output)
 

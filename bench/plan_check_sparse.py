@@ -129,9 +129,17 @@ def take(
 
 
 def row_of(
-    case: Placeable, taken: Taken, name: str, kv: str, context: int, limit: int | None, rates: Rates
+    case: Placeable,
+    taken: Taken,
+    name: str,
+    kv: str,
+    context: int,
+    limit: int | None,
+    rates: Rates,
+    tier: int,
 ) -> SparseRow:
-    """The process beside the plan: ``case`` without a limit of memory."""
+    """The process beside the plan: ``case`` without a limit of memory. ``tier``: tokens for which it takes
+    memory at its peak with pages on the disk."""
     length, middle = context + TURNS * STEPS, context + (TURNS + 1) * STEPS // 2
     placed = place(case, length, limit) if limit else case
 
@@ -145,7 +153,7 @@ def row_of(
         kv=kv,
         head="dense",
         context=context,
-        planned_bytes=placed.needed(length if placed.slots else context + STEPS),
+        planned_bytes=placed.needed(tier if placed.slots else context + STEPS),
         measured_bytes=taken.peak,
         planned_seconds=predicted(bandwidth),
         measured_seconds=seconds,
@@ -168,7 +176,7 @@ def run(path: str, kv: str, context: int, budget: int, on_disk: bool, rates: Rat
     if on_disk and limit is None:
         return None
     taken = take(path, "native", kv, _text(path, length), budget, limit, rates.threads)
-    return row_of(case, taken, Path(path).name, kv, context, limit, rates)
+    return row_of(case, taken, Path(path).name, kv, context, limit, rates, length)
 
 
 @cache

@@ -48,8 +48,9 @@ class Held:
     extra: int
 
 
-def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
-    """The weights of ``spec`` as ``quant``, with the FlashHead of ``graph`` where there is one."""
+def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool, used: bool = True) -> Held:
+    """The weights of ``spec`` as ``quant``, with the FlashHead of ``graph`` where there is one; what is not
+    ``used`` of it stays where it is, but for what ONNX Runtime packs."""
     bits = {"int8": 8, "int4": 4}.get(quant, 0)
     packed = mapped = looked = extra = 0
     head = "token_embd.weight" if spec.tied_head else "output.weight"
@@ -71,7 +72,7 @@ def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
             if tensor.name in multiplied:
                 packed += size + BLOCK_BYTES * math.prod(tensor.dims[:2])
                 extra = max(extra, size)
-            else:
+            elif used:
                 mapped += size
     return Held(packed, mapped, looked, extra)
 
@@ -115,7 +116,7 @@ def parts(case: OnnxCase, context: int, quant: str = "") -> tuple[Part, ...]:
     directory, graph, head = case.directory, case.graph, case.head
     spec, tokens = directory.spec, min(context, CHUNK)
     flash = directory.flash_head is not None
-    weights = held(spec, quant or directory.quant, graph, flash)
+    weights = held(spec, quant or directory.quant, graph, flash, head != "dense")
     attention = [layer.window for layer in spec.layers if layer.kind == "attention"]
     kv_heads = max((layer.n_kv_heads for layer in spec.layers), default=0)
     repeated = 2 if context > 2 * CHUNK else 1

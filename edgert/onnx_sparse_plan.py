@@ -7,6 +7,7 @@ the store with its index, of which ``slots`` pages lie in memory.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
     from .onnx_plan import OnnxCase
     from .rates import Rates
 
-# As they were measured on one core of an AMD EPYC: seconds of a vote beside the scan of the index, of a page that
-# enters beside its bytes, and bytes a second that are copied.
-VOTING, ENTERS, COPIES = 0.3e-3, 20e-6, 12e9
-# Pages that enter the set of a step; and times the share of pages on the disk, those of them that come from there.
-ENTERING, FROM_THERE = 4.0, 1.0
+# As they were measured on one core of an AMD EPYC: seconds of a vote and of a choice, the scan of the index in times of
+# the native engine's, and bytes a second that are copied.
+VOTING, CHOOSING, SCANS, COPIES = 0.15e-3, 0.2e-3, 1.6, 12e9
+# Pages that enter the set of a step, whose first ones are all in memory: there a tier has pages that it does not choose.
+ENTERING, TAIL = 4.5, 51
 
 
 def store_parts(case: OnnxCase, context: int) -> list[Part]:
@@ -53,16 +54,16 @@ def working_set_steps(case: OnnxCase, rates: Rates, length: int, row: int) -> li
     layers = full_layers(spec)
     heads = sum(spec.layers[i].n_kv_heads for i in layers)
     group = len(layers) * spec.n_heads // heads
-    scan = SCAN * heads * group * length / rates.pairs("f16", spec.head_dim, group)
+    scan = SCANS * SCAN * heads * group * length / rates.pairs("f16", spec.head_dim, group)
     steps = [Step("votes", VOTING + scan, 0, "arithmetic")]
     if length <= case.chosen:
         return steps
     record = PAGE * 4 * heads * spec.head_dim  # float16 keys and values
     copied = round(ENTERING * (record + PAGE * row))
-    steps.append(Step("pages", ENTERING * ENTERS + copied / COPIES, copied, "memory"))
-    pages = -(-length // PAGE)
-    if case.slots and pages > case.slots:
-        entering = FROM_THERE * (1 - case.slots / pages)
+    steps.append(Step("pages", CHOOSING + copied / COPIES, copied, "memory"))
+    if case.slots and -(-length // PAGE) > case.slots:
+        # The tier keeps the pages worth most too: of those that come next it has more the more it has room for.
+        entering = ENTERING * math.exp(-PAGE * (case.slots - TAIL) / case.chosen)
         read = round(entering * record)
         seconds = rates.disk_seconds(entering * len(layers), record // len(layers), SECTION_READS)
         steps.append(Step("disk", seconds + read * FROM_DISK, read, "disk"))
