@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from edgert.engines.onnx_caches import DTYPES
+
 
 class Run:
     """The graph in the file ``path`` (export/onnx_model.py has its inputs and outputs) with caches of
@@ -21,11 +23,13 @@ class Run:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.shapes: dict[str, list[Any]] = {i.name: i.shape for i in self.session.get_inputs()}
+        inputs = self.session.get_inputs()
+        self.shapes: dict[str, list[Any]] = {i.name: i.shape for i in inputs}
+        self.kv = "f16" if any(i.type == "tensor(float16)" for i in inputs) else "f32"
         sizes = {"slots": slots, "window_slots": window_slots}
         self.caches = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros([sizes.get(n, n) for n in shape], np.float32)
+                np.zeros([sizes.get(n, n) for n in shape], DTYPES[self.kv if name[0] in "kv" else "f32"])
             )
             for name, shape in self.shapes.items()
             if "." in name

@@ -23,6 +23,7 @@ from edgert.bench.attention_quality import BLOCK, TIMED, TURN, Text
 from edgert.bench.context import build, machine
 from edgert.bench.eval_texts import Document, make_documents
 
+from edgert.cost import KV_ELEMENT_BYTES
 from edgert.engines.onnx import OnnxEngine, OnnxSession
 from edgert.engines.onnx_sparse_session import SparseSession
 from edgert.model import load
@@ -100,7 +101,8 @@ class Bench:
 def table(engine: OnnxEngine, lengths: Sequence[Length]) -> str:
     spec = engine.spec
     layers = [layer for layer in spec.layers if layer.kind == "attention" and not layer.window]
-    row = 2 * 4 * spec.head_dim * sum(layer.n_kv_heads for layer in layers)
+    heads = sum(layer.n_kv_heads for layer in layers)
+    row = 2 * spec.head_dim * heads * round(KV_ELEMENT_BYTES[engine.directory.kv])
     rows = []
     for length in lengths:
         sparse, full, text = median(length.sparse), median(length.full), length.text
@@ -127,9 +129,10 @@ def report(engine: OnnxEngine, name: str, lengths: Sequence[Length]) -> str:
     growth = median(lengths[-1].sparse) / median(lengths[0].sparse)
     return (
         "# Sparse keys and values on ONNX Runtime\n\n"
-        f"`python -m edgert.bench.onnx_sparse`: {name}, {described['quant']}, {engine.slots:,} slots, ONNX "
-        f"Runtime {described['version']}, {described['provider']}, {described['threads']} threads. "
-        f"{machine()['cpu']}, edgert build {build()}.\n\n"
+        f"`python -m edgert.bench.onnx_sparse`: {name}, {described['quant']}, keys and values "
+        f"{described['kv']}, {engine.slots:,} slots, ONNX Runtime {described['version']}, "
+        f"{described['provider']}, {described['threads']} threads. {machine()['cpu']}, edgert build "
+        f"{build()}.\n\n"
         "Against the same graph with slots for all tokens, step by step. Times are medians of the last "
         f"{TIMED} steps of each document, which took turns; KL is of all slots' probabilities from those "
         "here, in nats, with its standard error.\n\n"

@@ -535,18 +535,14 @@ class SlotStore:
 
 class Slots:
     """
-    Caches of a graph, [1, KV heads, slots, head dim], by layer of a store.
+    Caches of a graph, float32 or float16 [1, KV heads, slots, head dim], by layer of a store.
     """
 
     def __init__(
         self,
         store: SlotStore,
-        keys: Sequence[
-            Annotated[NDArray[numpy.float32], dict(shape=(1, None, None, None), order="C", device="cpu")]
-        ],
-        values: Sequence[
-            Annotated[NDArray[numpy.float32], dict(shape=(1, None, None, None), order="C", device="cpu")]
-        ],
+        keys: Sequence[Annotated[NDArray, dict(shape=(1, None, None, None), order="C", device="cpu")]],
+        values: Sequence[Annotated[NDArray, dict(shape=(1, None, None, None), order="C", device="cpu")]],
     ) -> None:
         """The arrays' own memory is used, and kept alive."""
 

@@ -21,7 +21,7 @@ from .tokenizer import Tokenizer
 
 # What load() takes and an export does not, with the default, and why.
 _FIXED: dict[str, tuple[Any, str]] = {
-    "kv": ("f16", "its keys and values are float32"),
+    "kv": ("f16", "the type of its keys and values was fixed when it was exported (edgert export --kv)"),
     "probes": (0, "what its FlashHead scores was fixed when it was exported"),
     "heads": ("none", "its heads all see the same"),
     "memory": (None, "with full attention its keys and values all lie in memory"),
@@ -70,7 +70,7 @@ def load_export(
         path=str(path),
         context=context,
         trained_context=directory.spec.context_length,
-        kv="f32",
+        kv=directory.kv,
         head=head,
         attention=others["attention"],
         chosen=slots,

@@ -23,6 +23,7 @@ from .models.reader import Reader
 
 FORMAT = 1
 QUANTS = ("f32", "f16", "int8", "int4")
+KVS = ("f32", "f16")
 GRAPH, DATA, ABOUT, TOKENIZER = "model.onnx", "model.onnx.data", "edgert.json", "tokenizer.gguf"
 AGAIN = "export the model again (edgert export MODEL --format onnx -o DIR)"
 _ABOUT_LIMIT = 1 << 20  # bytes of an edgert.json that is read; real ones have 10,000
@@ -40,7 +41,8 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class OnnxDirectory:
-    """``name``: of the model. ``quant``: one of :data:`QUANTS`. ``context``: positions a session has by
+    """``name``: of the model. ``quant``: one of :data:`QUANTS`, ``kv``, the type of keys and values: of
+    :data:`KVS`. ``context``: positions a session has by
     default. ``flash_head``: None, or ``recipe``, ``tokens`` scored a step and ``quality``. ``tokenizer``:
     ``bos_id``, ``eos_id``, ``eos_ids``, ``has_chat_template``. ``files``: every other file of the directory.
     ``weight_bytes``: of model.onnx.data. ``sha256``: of edgert.json, which has the hashes of all else: the
@@ -50,6 +52,7 @@ class OnnxDirectory:
     name: str
     spec: ModelSpec
     quant: str
+    kv: str
     context: int
     flash_head: Mapping[str, Any] | None
     tokenizer: Mapping[str, Any]
@@ -118,9 +121,8 @@ def _read(path: Path, values: Mapping[str, Any], sha256: str) -> OnnxDirectory:
     reader.expect("format", FORMAT)
     reader.integer("format")
     spec = spec_from_dict(reader.mapping("spec"))
-    quant = reader.text("quant")
-    if quant not in QUANTS:
-        raise UnsupportedArchitecture(f"quant: expected one of {', '.join(QUANTS)}, found {quant[:40]!r}")
+    quant = _one_of(reader, "quant", QUANTS)
+    kv = _one_of(reader, "kv", KVS, "f32")  # exports had no other type at first, and no such key
     context = reader.integer("context", high=spec.context_length)
     head = reader.mapping("flash_head")
     tokenizer = reader.mapping("tokenizer")
@@ -133,12 +135,20 @@ def _read(path: Path, values: Mapping[str, Any], sha256: str) -> OnnxDirectory:
         name=spec.name or path.name,
         spec=spec,
         quant=quant,
+        kv=kv,
         context=context,
         flash_head=_flash_head(head, spec) if head else None,
         tokenizer=_tokenizer(tokenizer, spec),
         files=files,
         sha256=sha256,
     )
+
+
+def _one_of(reader: Reader, name: str, known: tuple[str, ...], default: str | None = None) -> str:
+    found = reader.text(name, default)
+    if found not in known:
+        raise UnsupportedArchitecture(f"{name}: expected one of {', '.join(known)}, found {found[:40]!r}")
+    return found
 
 
 def _keys(values: Mapping[str, Any], prefix: str) -> Reader:

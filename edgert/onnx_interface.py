@@ -72,15 +72,15 @@ Shape = tuple[int | str, ...]
 Typed = tuple[int, Shape]  # a type and a shape
 
 
-def graph_inputs(spec: ModelSpec, flash: bool) -> dict[str, Typed]:
-    """Name -> type and shape of every input."""
+def graph_inputs(spec: ModelSpec, kv: str, flash: bool) -> dict[str, Typed]:
+    """Name -> type and shape of every input; ``kv``: the type of keys and values, f32 or f16."""
     found: dict[str, Typed] = {
         "input_ids": (INT64, (1, "T")),
         "positions": (INT64, (1, "T")),
         "filled": (INT32, (1,)),
         "rows": (INT64, ("R",)),
         "more_states": (FLOAT, (1, "E", spec.dim)),
-        **caches(spec, ""),
+        **caches(spec, kv, ""),
     }
     if all(layer.kind == "conv" for layer in spec.layers):
         del found["filled"]
@@ -91,12 +91,12 @@ def graph_inputs(spec: ModelSpec, flash: bool) -> dict[str, Typed]:
     return found
 
 
-def graph_outputs(spec: ModelSpec, tokens: int) -> dict[str, Typed]:
+def graph_outputs(spec: ModelSpec, kv: str, tokens: int) -> dict[str, Typed]:
     """The same of every output; ``tokens`` that the FlashHead scores, 0 without one."""
     found: dict[str, Typed] = {
         "hidden": (FLOAT, (1, "R", spec.dim)),
         "logits": (FLOAT, (1, "dense_rows" if tokens else "S", spec.vocab_size)),
-        **caches(spec, "_out"),
+        **caches(spec, kv, "_out"),
     }
     full = sum(layer.kind == "attention" and not layer.window for layer in spec.layers)
     if full:
@@ -107,16 +107,17 @@ def graph_outputs(spec: ModelSpec, tokens: int) -> dict[str, Typed]:
     return found
 
 
-def caches(spec: ModelSpec, suffix: str) -> dict[str, Typed]:
+def caches(spec: ModelSpec, kv: str, suffix: str) -> dict[str, Typed]:
     """The caches as inputs, or with the ``suffix`` "_out" as outputs."""
     found: dict[str, Typed] = {}
+    kind = FLOAT16 if kv == "f16" else FLOAT
     for i, layer in enumerate(spec.layers):
         if layer.kind == "conv":
             found[f"conv{suffix}.{i}"] = FLOAT, (1, spec.dim, spec.conv_kernel - 1)
             continue
         slots = "window_slots" if layer.window else "slots"
         for name in "kv":
-            found[f"{name}{suffix}.{i}"] = FLOAT, (1, layer.n_kv_heads, slots, spec.head_dim)
+            found[f"{name}{suffix}.{i}"] = kind, (1, layer.n_kv_heads, slots, spec.head_dim)
     return found
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .cost import KV_ELEMENT_BYTES
 from .memory_left import PYTHON_BYTES
 from .onnx_interface import BLOCK, ITEM_BYTES, matrices
 from .onnx_sparse_plan import store_parts
@@ -95,19 +96,20 @@ def slots_in_use(spec: ModelSpec, window: int, context: int) -> int:
     return min(context, widest - 1 + SPARE + CHUNK) if window else context
 
 
-def kv_bytes(spec: ModelSpec, context: int) -> dict[int, int]:
-    """Window (0: none) -> bytes of float32 keys and values with ``context`` positions."""
+def kv_bytes(spec: ModelSpec, kv: str, context: int) -> dict[int, int]:
+    """Window (0: none) -> bytes of keys and values of type ``kv`` with ``context`` positions."""
     found: dict[int, int] = {}
     for layer in spec.layers:
         if layer.kind == "attention":
-            size = 2 * 4 * layer.n_kv_heads * spec.head_dim * slots_in_use(spec, layer.window, context)
+            values = 2 * layer.n_kv_heads * spec.head_dim * slots_in_use(spec, layer.window, context)
+            size = int(KV_ELEMENT_BYTES[kv]) * values
             found[layer.window] = found.get(layer.window, 0) + size
     return found
 
 
-def parts(case: OnnxCase, context: int, quant: str = "") -> tuple[Part, ...]:
+def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[Part, ...]:
     """The terms of the peak with one session of ``context`` tokens, of the export as it is or as it would be
-    in another ``quant``."""
+    in another ``quant`` or ``kv``."""
     from .engines.onnx import CHUNK
     from .engines.onnx_caches import STATES
     from .engines.onnx_sparse import VOTERS
@@ -116,6 +118,7 @@ def parts(case: OnnxCase, context: int, quant: str = "") -> tuple[Part, ...]:
     directory, graph, head = case.directory, case.graph, case.head
     spec, tokens = directory.spec, min(context, CHUNK)
     flash = directory.flash_head is not None
+    kv = kv or directory.kv
     weights = held(spec, quant or directory.quant, graph, flash, head != "dense")
     attention = [layer.window for layer in spec.layers if layer.kind == "attention"]
     kv_heads = max((layer.n_kv_heads for layer in spec.layers), default=0)
@@ -130,11 +133,9 @@ def parts(case: OnnxCase, context: int, quant: str = "") -> tuple[Part, ...]:
     passing = ", all of it while a prompt is read" if context > case.chosen > 0 else ""
     cached = [
         Part(
-            f"KV cache, {attention.count(window)} {_layers(window)}",
-            size,
-            "float32" + passing * (window == 0),
+            f"KV cache, {attention.count(window)} {_layers(window)}", size, kv + passing * (window == 0)
         )
-        for window, size in kv_bytes(spec, context).items()
+        for window, size in kv_bytes(spec, kv, context).items()
     ]
     if case.chosen:
         cached += store_parts(case, context)

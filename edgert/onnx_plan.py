@@ -79,13 +79,13 @@ class OnnxCase:
         tokenizer, _, kept = tokenizer_bytes(_native.GgufFile(str(directory.path / TOKENIZER)))
         return cls(directory, graph, threads or detect_threads(), head, tokenizer + kept, chosen)
 
-    def memory(self, context: int, quant: str = "") -> tuple[Part, ...]:
+    def memory(self, context: int, quant: str = "", kv: str = "") -> tuple[Part, ...]:
         """The terms of the peak with one session of ``context`` tokens, as the export is or would be in
-        another ``quant``."""
-        return parts(self, context, quant)
+        another ``quant`` or ``kv``."""
+        return parts(self, context, quant, kv)
 
-    def needed(self, context: int, quant: str = "") -> int:
-        return sum(part.bytes for part in self.memory(context, quant))
+    def needed(self, context: int, quant: str = "", kv: str = "") -> int:
+        return sum(part.bytes for part in self.memory(context, quant, kv))
 
     def fewest_pages(self, context: int) -> int:
         """Of the store in memory where others are on the disk."""
@@ -116,6 +116,8 @@ class OnnxCase:
         for quant in QUANTS:
             if (saves := needed - self.needed(context, quant)) > 0:
                 found.append((f"an export with weights in {quant} (edgert export --quant {quant})", saves))
+        if (saves := needed - self.needed(context, kv="f16")) > 0:
+            found.append(("an export with keys and values in f16 (edgert export --kv f16)", saves))
         return ranked(found, needed, available)
 
     def plan(self, context: int, rates: Rates, available: int, limit: str, *, to_disk: bool = False) -> Plan:
@@ -142,7 +144,7 @@ class OnnxCase:
             path=str(directory.path),
             context=context,
             trained_context=directory.spec.context_length,
-            kv="f32",
+            kv=directory.kv,
             attention="sparse" if self.chosen else "full",
             chosen=self.chosen,
             slots=self.slots,

@@ -92,8 +92,8 @@ def _check(directory: OnnxDirectory, model: Model) -> None:
         )
     flash = directory.flash_head
     tokens = flash["tokens"] if flash else 0
-    _check_values("input", interface.graph_inputs(spec, flash is not None), graph.inputs)
-    _check_values("output", interface.graph_outputs(spec, tokens), graph.outputs)
+    _check_values("input", interface.graph_inputs(spec, directory.kv, flash is not None), graph.inputs)
+    _check_values("output", interface.graph_outputs(spec, directory.kv, tokens), graph.outputs)
     most = _NODES + _NODES_A_LAYER * spec.n_layers
     branches = _branches(graph, flash is not None)
     count = sum(len(part.nodes) for part in (graph, *branches))

@@ -32,8 +32,8 @@ def decode_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
     """One token with ``length`` positions in the cache."""
     spec = case.directory.spec
     body, dense, flash = bytes_of_a_step(case.graph, case.directory)
-    seen = min(length, case.chosen or length)
-    kept = {**kv_bytes(spec, length), 0: kv_bytes(spec, seen).get(0, 0)}
+    kv, seen = case.directory.kv, min(length, case.chosen or length)
+    kept = {**kv_bytes(spec, kv, length), 0: kv_bytes(spec, kv, seen).get(0, 0)}
     read = sum(kept.values())
     attention = _pairs(case, length, seen) / (STEP_ATTENTION * rates.fp32)
     steps = [

@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "for where that is less",
     )
     parser.add_argument(
+        "--kv",
+        choices=("f32", "f16"),
+        help="--format onnx: type of keys and values and of attention; f16 takes half the memory and is what "
+        "CUDA has, on an x86 processor its steps are slower; default: f32",
+    )
+    parser.add_argument(
         "--retrieval-head",
         action="store_true",
         help="train what chooses pages of the disk tier (sparse attention with --memory) into the sidecar; "
@@ -85,6 +91,8 @@ def main(args: argparse.Namespace) -> int:
         return _onnx(directory, args)
     if args.context is not None:
         raise UsageError("--context is for --format onnx; a .gguf file keeps the context of its model")
+    if args.kv is not None:
+        raise UsageError("--kv is for --format onnx; `edgert run --kv` chooses it for a .gguf file")
     if args.quant and not directory:
         raise UsageError(
             f"--quant is for a Hugging Face model directory, and {args.model} is none (it has no config.json)"
@@ -117,14 +125,14 @@ def _file(model: str) -> Path:
 
 
 def _onnx(directory: Path | None, args: argparse.Namespace) -> int:
-    from edgert.export.onnx_directory import QUANT, Request, export_directory
+    from edgert.export.onnx_directory import KV, QUANT, Request, export_directory
 
     if args.output is None:
         raise UsageError("--format onnx writes a directory: name it with --output")
     if args.retrieval_head:
         raise UsageError("--retrieval-head goes into the sidecar of a .gguf file; leave out --format onnx")
     source = directory or _file(args.model)
-    request = Request(source, args.quant or QUANT, args.context, args.flash_head)
+    request = Request(source, args.quant or QUANT, args.context, args.flash_head, args.kv or KV)
 
     def make_head(model: Path) -> None:
         from edgert.export.flash_head import export_flash_head
@@ -136,9 +144,9 @@ def _onnx(directory: Path | None, args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        print(json.dumps({"path": str(made), "quant": request.quant, "bytes": size}))
+        print(json.dumps({"path": str(made), "quant": request.quant, "kv": request.kv, "bytes": size}))
     else:
-        print(f"{made}: {size / 1e6:.1f} MB, {request.quant}")
+        print(f"{made}: {size / 1e6:.1f} MB, {request.quant}, keys and values {request.kv}")
     return 0
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from edgert.models import ModelSpec
 
 FORMAT = 1
-QUANT, CONTEXT = "int4", 4096
+QUANT, KV, CONTEXT = "int4", "f32", 4096
 GRAPH, DATA, ABOUT, TOKENIZER = "model.onnx", "model.onnx.data", "edgert.json", "tokenizer.gguf"
 
 Note = Callable[[str], None]
@@ -47,12 +47,14 @@ Steps = Callable[[str, int], Callable[[int], None]]
 @dataclass(frozen=True)
 class Request:
     """``source``: the model, a .gguf file or a Hugging Face directory. ``context``: positions a session has
-    by default; None: :data:`CONTEXT`, or what the model was made for where that is less."""
+    by default; None: :data:`CONTEXT`, or what the model was made for where that is less. ``kv``: type of keys
+    and values, f32 or f16."""
 
     source: Path
     quant: str = QUANT
     context: int | None = None
     flash_head: bool = False
+    kv: str = KV
 
 
 def export_directory(
@@ -132,7 +134,7 @@ def _fill(
     sidecar = _sidecar(model, make_head) if request.flash_head else None
     done = steps(f"writing {DATA}", len(spec.tensor_shapes()))
     with (directory / DATA).open("wb") as data:
-        graph, flash = build(file, spec, request.quant, sidecar, data, DATA, done)
+        graph, flash = build(file, spec, request.quant, request.kv, sidecar, data, DATA, done)
     (directory / GRAPH).write_bytes(graph.SerializeToString())
     onnx.checker.check_model(str(directory / GRAPH), full_check=True)
     _tokenizer(directory, file.metadata, tokenizer, request.source)
@@ -215,6 +217,7 @@ def _description(
         "model": {"name": spec.name, "bytes": model.stat().st_size, "sha256": file_sha256(model)},
         "spec": spec.as_dict(),
         "quant": request.quant,
+        "kv": request.kv,
         "context": context,
         "flash_head": head,
         "tokenizer": {

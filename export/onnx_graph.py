@@ -67,12 +67,22 @@ class Graph:
         return self.nodes(op, inputs, [name or self.fresh(op)], shape, dtype, **more)[0]
 
     def contrib(
-        self, op: str, *inputs: str, shape: Shape, name: str = "", outputs: Sequence[str] = (), **more: Any
+        self,
+        op: str,
+        *inputs: str,
+        shape: Shape,
+        name: str = "",
+        outputs: Sequence[str] = (),
+        dtype: str = "float32",
+        **more: Any,
     ) -> str:
-        """An operator of ONNX Runtime's own; ``shape`` is that of its first output, a float32, ``outputs``
-        are the names of the others."""
+        """An operator of ONNX Runtime's own; ``shape`` and ``dtype`` are those of its first output,
+        ``outputs`` are the names of the others."""
         names = [name or self.fresh(op), *outputs]
-        return self.nodes(op, inputs, names, shape, "float32", domain=CONTRIB, **more)[0]
+        return self.nodes(op, inputs, names, shape, dtype, domain=CONTRIB, **more)[0]
+
+    def cast(self, x: str, dtype: str) -> str:
+        return self.node("Cast", x, to=_TYPES[dtype])
 
     def nodes(
         self,

@@ -9,13 +9,13 @@ from edgert.export.onnx_weights import Weights
 from edgert.models import LayerSpec, ModelSpec
 
 
-def add_body(g: Graph, w: Weights, spec: ModelSpec, embedded: str) -> str:
-    """Inputs, layers and caches. ``embedded`` [1, T, dim]: the rows of the tokens. Returns the residual
-    stream after the last layer, [1, T, dim]."""
+def add_body(g: Graph, w: Weights, spec: ModelSpec, kv: str, embedded: str) -> str:
+    """Inputs, layers and caches, these of type ``kv``. ``embedded`` [1, T, dim]: the rows of the tokens.
+    Returns the residual stream after the last layer, [1, T, dim]."""
     x = embedded
     if spec.embed_scale != 1.0:
         x = g.node("Mul", x, g.constant(np.array(spec.embed_scale, np.float32)))
-    attention = Attention(g, w, spec)
+    attention = Attention(g, w, spec, kv)
     for i, layer in enumerate(spec.layers):
         p = f"blk.{i}."
         h = norm(g, w, spec, x, p + "attn_norm.weight")
@@ -64,10 +64,12 @@ def _convolution(g: Graph, w: Weights, spec: ModelSpec, i: int, h: str) -> str:
 
 
 class Attention:
-    """Attention layers, with what they share: angles and numbers of slots."""
+    """Attention layers, with what they share: angles and numbers of slots. With ``kv`` f16 not only the
+    caches are float16: the operator takes queries, new keys and values of their type, and its output is."""
 
-    def __init__(self, g: Graph, w: Weights, spec: ModelSpec) -> None:
+    def __init__(self, g: Graph, w: Weights, spec: ModelSpec, kv: str) -> None:
         self._g, self._w, self._spec = g, w, spec
+        self._kv = {"f32": "float32", "f16": "float16"}[kv]
         self._positions = g.node("Cast", "positions", to=11, name="positions_f64")
         self._angles: dict[tuple[float, float], tuple[str, str]] = {}
         self._queries: list[str] = []
@@ -105,19 +107,25 @@ class Attention:
         slots = "window_slots" if layer.window else "slots"
         for c in "kv":
             shape = (1, layer.n_kv_heads, slots, spec.head_dim)
-            g.input(f"{c}.{i}", "float32", shape)
-            g.output(f"{c}_out.{i}", "float32", shape)
+            g.input(f"{c}.{i}", self._kv, shape)
+            g.output(f"{c}_out.{i}", self._kv, shape)
         last, total = self._slots[layer.window > 0]
+        half = self._kv == "float16"
+        if half:
+            q, k, v = (g.cast(x, "float16") for x in (q, k, v))
         out = g.contrib(
             "GroupQueryAttention",
             *(q, k, v, f"k.{i}", f"v.{i}", last, total),
             shape=(1, "T", queries),
             outputs=(f"k_out.{i}", f"v_out.{i}"),
+            dtype=self._kv,
             num_heads=spec.n_heads,
             kv_num_heads=layer.n_kv_heads,
             scale=spec.attn_scale,
             local_window_size=layer.window or -1,
         )
+        if half:
+            out = g.cast(out, "float32")
         return w.product(out, w.matrix([p + "attn_output.weight"]), (1, "T"))
 
     def output_queries(self) -> None:

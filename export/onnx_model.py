@@ -12,8 +12,9 @@ Inputs:
                                     with one
     window_start  int32 [1]         positions before this one have left the caches of windowed layers, else 0;
                                     only in graphs with such layers
-    k.i, v.i      float32 [1, KV heads, slots, head dim]   cache of attention layer i; in windowed layers
-                                    window_slots in place of slots
+    k.i, v.i      float32 or float16 [1, KV heads, slots, head dim]   cache of attention layer i, of the type
+                                    that the export was given; in windowed layers window_slots in place of
+                                    slots
     conv.i        float32 [1, dim, taps - 1]   what convolution layer i saw last; zeros at the start
 
 Outputs:
@@ -61,14 +62,16 @@ def build(
     file: _native.GgufFile,
     spec: ModelSpec,
     quant: str,
+    kv: str,
     sidecar: Sidecar | None,
     data: BinaryIO,
     location: str,
     done: Callable[[int], None],
 ) -> tuple[onnx.ModelProto, Flash | None]:
-    """The graph of the GGUF model ``file`` with its matrices as ``quant``, and its FlashHead where
-    ``sidecar`` is given. Weights are written to ``data``, which the graph calls ``location``; ``done`` counts
-    the tensors that are. Raises ModelFileError for a damaged file, and OSError."""
+    """The graph of the GGUF model ``file`` with its matrices as ``quant`` and its caches as ``kv``, f32 or
+    f16, and its FlashHead where ``sidecar`` is given. Weights are written to ``data``, which the graph calls
+    ``location``; ``done`` counts the tensors that are. Raises ModelFileError for a damaged file, and
+    OSError."""
     g = Graph(data, location)
     w = Weights(file, quant, g, done)
     g.input("input_ids", "int64", (1, "T"))
@@ -79,7 +82,7 @@ def build(
     if sidecar:
         flash = Flash.of(sidecar, common_tokens(Tokenizer.from_gguf(file.metadata), spec.vocab_size))
     table = w.matrix(["token_embd.weight"], by_row=True)
-    x = add_body(g, w, spec, w.rows(table, "input_ids", (1, "T", spec.dim)))
+    x = add_body(g, w, spec, kv, w.rows(table, "input_ids", (1, "T", spec.dim)))
     wanted = g.node("Gather", x, "rows", axis=1)
     hidden = g.node("Identity", norm(g, w, spec, wanted, spec.output_norm), name="hidden")
     g.output("hidden", "float32", (1, "R", spec.dim))

@@ -84,14 +84,22 @@ void SlotStore::append_piece(const SlotArrays& from, uint32_t first, uint32_t n,
   weight_.resize(size_t(rows) * heads_ * pages);
   votes_.assign(pages, 0.0f);
   pool_.run([&](Pool::Worker& w) {
+    float* const tmp = threads_[w.index()].tmp.data();
     uint32_t b, e;
     while (w.claim(n, b, e))
       for (uint32_t i = b; i < e; ++i)
         for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer)
           for (uint32_t head = 0; head < spec_.layers[layer].n_kv_heads; ++head) {
-            const size_t at = (size_t(head) * from.slots + first + i) * hd;
-            kernels_.records[size_t(KvType::F16)].append(from.keys[layer] + at, from.values[layer] + at, hd,
-                                                         cache_.record(layer, head, start + i));
+            const size_t at = (size_t(head) * from.slots + first + i) * hd * from.item();
+            const float* key = reinterpret_cast<const float*>(from.keys[layer] + at);
+            const float* value = reinterpret_cast<const float*>(from.values[layer] + at);
+            if (from.half) {  // the record gets the very halves again
+              kernels_.from_half(from.keys[layer] + at, hd, tmp);
+              kernels_.from_half(from.values[layer] + at, hd, tmp + hd);
+              key = tmp;
+              value = tmp + hd;
+            }
+            kernels_.records[size_t(KvType::F16)].append(key, value, hd, cache_.record(layer, head, start + i));
           }
     w.barrier();
     if (blocks > cache_.indexed()) make_index(spec_, kernels_, cache_, w, blocks);
@@ -144,21 +152,30 @@ void SlotStore::read(uint32_t page, const SlotArrays& to, uint32_t place) {
   for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer)
     for (uint32_t head = 0; head < spec_.layers[layer].n_kv_heads; ++head, from += kPageTokens * record)
       for (uint32_t t = 0; t < tokens; ++t) {
-        const size_t at = (size_t(head) * to.slots + place * kPageTokens + t) * hd;
-        kernels_.from_half(from + t * record, hd, to.keys[layer] + at);
-        kernels_.from_half(from + t * record + record / 2, hd, to.values[layer] + at);
+        const size_t at = (size_t(head) * to.slots + place * kPageTokens + t) * hd * to.item();
+        const uint8_t* const key = from + t * record;
+        copy_halves(key, to.keys[layer] + at, to.half);
+        copy_halves(key + record / 2, to.values[layer] + at, to.half);
       }
+}
+
+// A row of a head, to a slot of halves or of floats.
+void SlotStore::copy_halves(const uint8_t* from, uint8_t* to, bool half) const {
+  if (half)
+    std::memcpy(to, from, size_t(spec_.head_dim) * 2);
+  else
+    kernels_.from_half(from, spec_.head_dim, reinterpret_cast<float*>(to));
 }
 
 void SlotStore::move(const SlotArrays& arrays, uint32_t place, uint32_t to) const {
   check(arrays, place * kPageTokens, kPageTokens);
   check(arrays, to * kPageTokens, kPageTokens);
-  const size_t n = size_t(kPageTokens) * spec_.head_dim;
+  const size_t row = spec_.head_dim * arrays.item(), n = kPageTokens * row;
   for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer)
     for (uint32_t head = 0; head < spec_.layers[layer].n_kv_heads; ++head)
-      for (float* const cache : {arrays.keys[layer], arrays.values[layer]}) {
-        float* const of_head = cache + size_t(head) * arrays.slots * spec_.head_dim;
-        std::memmove(of_head + to * n, of_head + place * n, n * sizeof(float));
+      for (uint8_t* const cache : {arrays.keys[layer], arrays.values[layer]}) {
+        uint8_t* const of_head = cache + head * arrays.slots * row;
+        std::memmove(of_head + to * n, of_head + place * n, n);
       }
 }
 

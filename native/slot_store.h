@@ -17,10 +17,13 @@
 
 namespace edgert {
 
-// Caches of a graph: by layer, keys and values [n_kv_heads][slots][head_dim].
+// Caches of a graph: by layer, keys and values [n_kv_heads][slots][head_dim], floats or all of them halves.
 struct SlotArrays {
-  std::vector<float*> keys, values;
+  std::vector<uint8_t*> keys, values;
   uint32_t slots = 0;
+  bool half = false;
+
+  size_t item() const { return half ? 2 : 4; }  // bytes
 };
 
 class SlotStore {
@@ -53,6 +56,7 @@ class SlotStore {
   };
   void check(const SlotArrays& arrays, uint32_t first, uint32_t n) const;
   void append_piece(const SlotArrays& from, uint32_t first, uint32_t n, const float* queries, uint32_t rows);
+  void copy_halves(const uint8_t* from, uint8_t* to, bool half) const;
   void vote(Pool::Worker& w, uint32_t position, uint32_t blocks, const float* queries, uint32_t row);
 
   const ModelSpec spec_;

@@ -21,19 +21,20 @@ _DIRECTORY = tempfile.TemporaryDirectory(prefix="edgert-onnx-")
 
 
 @cache
-def exported(name: str, quant: str = "int4", recipe: str = "") -> Path:
+def exported(name: str, quant: str = "int4", recipe: str = "", kv: str = "f32") -> Path:
     """The export of a tiny model, with a FlashHead where a ``recipe`` is given; not to be changed."""
     source = tiny(name).path
     if recipe:
         source = Path(_DIRECTORY.name) / f"{name}-{recipe}.gguf"
         shutil.copyfile(tiny(name).path, source)
         write_gguf(source.with_name(source.stem + ".edgert.gguf"), *parts(source, recipe))
-    target = Path(_DIRECTORY.name) / f"{name}-{quant}-{recipe}"
+    target = Path(_DIRECTORY.name) / f"{name}-{quant}-{recipe}-{kv}"
 
     def quiet(_: str, __: int = 0) -> Any:
         return lambda n: None
 
-    return export_directory(Request(source, quant, None, bool(recipe)), target, lambda p: None, quiet, quiet)
+    request = Request(source, quant, None, bool(recipe), kv)
+    return export_directory(request, target, lambda p: None, quiet, quiet)
 
 
 def change_about(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:

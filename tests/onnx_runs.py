@@ -23,22 +23,24 @@ def new_directory() -> Path:
     return Path(tempfile.mkdtemp(dir=_DIRECTORY.name))
 
 
-def export(model: Path, directory: Path, quant: str = "f32", sidecar: Path | None = None) -> Path:
+def export(
+    model: Path, directory: Path, quant: str = "f32", sidecar: Path | None = None, kv: str = "f32"
+) -> Path:
     """Write the graph of a GGUF file to ``directory``/model.onnx."""
     directory.mkdir(exist_ok=True)
     file = _native.GgufFile(str(model))
     spec = native_spec(file, file.metadata)
     with (directory / "model.onnx.data").open("wb") as data:
         side = Sidecar(sidecar, model) if sidecar else None
-        graph, _ = build(file, spec, quant, side, data, "model.onnx.data", lambda n: None)
+        graph, _ = build(file, spec, quant, kv, side, data, "model.onnx.data", lambda n: None)
     (directory / "model.onnx").write_bytes(graph.SerializeToString())
     return directory / "model.onnx"
 
 
 @cache
-def exported(name: str, quant: str = "f32", file: str = "F32") -> Path:
+def exported(name: str, quant: str = "f32", file: str = "F32", kv: str = "f32") -> Path:
     """The graph of a tiny model."""
-    return export(tiny(name, file).path, new_directory(), quant)
+    return export(tiny(name, file).path, new_directory(), quant, kv=kv)
 
 
 class Run(onnx_run.Run):

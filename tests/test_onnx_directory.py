@@ -159,13 +159,16 @@ def test_what_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_command(tmp_path: Path) -> None:
     model, target = str(tiny("llama").path), str(tmp_path / "out")
-    done = command("export", model, "--format", "onnx", "--quant", "int8", "-o", target, "--json")
+    options = ("--format", "onnx", "--quant", "int8", "--kv", "f16", "-o", target, "--json")
+    done = command("export", model, *options)
     assert json.loads(done.stdout)["path"] == target
-    assert json.loads((tmp_path / "out" / "edgert.json").read_text())["quant"] == "int8"
+    about = json.loads((tmp_path / "out" / "edgert.json").read_text())
+    assert (about["quant"], about["kv"]) == ("int8", "f16")
     for wrong, text in (
         (("--format", "onnx"), "name it with --output"),
         (("--format", "onnx", "--retrieval-head", "-o", target), "leave out --format onnx"),
         (("--context", 10), "--context is for --format onnx"),
+        (("--kv", "f32"), "--kv is for --format onnx"),
     ):
         failed = command("export", model, *wrong)
         assert (failed.returncode, failed.stdout) == (2, "")

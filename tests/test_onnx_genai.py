@@ -18,11 +18,13 @@ def nothing(*_: Any) -> Any:
     return lambda n: None
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
-def test_greedy_tokens_are_those_of_the_graph(tmp_path: Path, name: str) -> None:
-    target = export_directory(
-        Request(tiny(name).path, "int4", 90), tmp_path / "out", nothing, nothing, nothing
-    )
+@pytest.mark.parametrize(
+    ("name", "kv"),
+    [("llama", "f32"), ("qwen2", "f32"), ("qwen3", "f16"), ("gemma3", "f32"), ("gemma3", "f16")],
+)
+def test_greedy_tokens_are_those_of_the_graph(tmp_path: Path, name: str, kv: str) -> None:
+    request = Request(tiny(name).path, "int4", 90, kv=kv)
+    target = export_directory(request, tmp_path / "out", nothing, nothing, nothing)
     tokens = prompt(tiny(name), 20)
     run, expected = Run(target / "model.onnx"), list(tokens)
     expected.append(int(run(tokens, 0)[0][0, -1].argmax()))

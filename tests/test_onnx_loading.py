@@ -43,7 +43,7 @@ def test_a_directory_is_run_by_the_onnx_engine() -> None:
         ({"engine": "llamacpp"}, "engine='llamacpp' does not run"),
         ({"engine": "other"}, "unknown engine 'other'"),
         ({"provider": "npu"}, "unknown provider 'npu': expected one of cpu, cuda, tensorrt"),
-        ({"kv": "q8"}, "kv='q8' is not for .*float32; drop it"),
+        ({"kv": "q8"}, "kv='q8' is not for .*--kv.; drop it"),
         ({"probes": 3}, "probes=3 is not for .*exported; drop it"),
         ({"attention": "exact"}, "attention='exact' is not for"),
         ({"budget": 8}, "a budget is for sparse"),
@@ -184,6 +184,16 @@ def test_a_provider_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "onnxruntime", FakeRuntime([], [CPU]))
     with pytest.raises(EngineError, match="provider='tensorrt' did not start, only CPUExecutionProvider did"):
         load_graph(Path("x"), "tensorrt", 1)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_gpu_has_no_attention_in_float32(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRuntime([], [CPU])
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+    with pytest.raises(EngineError, match=f"provider='{provider}' has no attention .* in f32.*with --kv f16"):
+        edgert.load(exported("llama"), provider=provider)
+    with pytest.raises(EngineError, match="did not start"):  # a step further
+        edgert.load(exported("llama", kv="f16"), provider=provider)
 
 
 def test_telemetry_is_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,13 +68,13 @@ def test_caches_are_those_of_a_session() -> None:
                 *session._sequence._windows.buffers.values(),
             ]
             slots = {buffer.value.shape()[2] for buffer in buffers}
-            assert sum(kv_bytes(spec, 190).values()) == session._sequence.nbytes
+            assert sum(kv_bytes(spec, "f32", 190).values()) == session._sequence.nbytes
             assert min(slots) >= 190  # a tiny window with its spare room holds more
 
 
 def test_windowed_layers_stop_growing() -> None:
     spec = OnnxDirectory.open(exported("gemma3")).spec
-    short, long = kv_bytes(spec, 100_000), kv_bytes(spec, 200_000)
+    short, long = kv_bytes(spec, "f32", 100_000), kv_bytes(spec, "f32", 200_000)
     assert long[0] == 2 * short[0]
     assert long[11] == short[11]
 
@@ -82,7 +82,7 @@ def test_windowed_layers_stop_growing() -> None:
 def test_another_context_head_and_quant_change_what_they_should() -> None:
     case = case_of(exported("llama", "int8", "lowrank"), "exact")
     longer = case.needed(200) - case.needed(100)
-    assert longer >= 100 * sum(kv_bytes(case.directory.spec, 1).values())
+    assert longer >= 100 * sum(kv_bytes(case.directory.spec, "f32", 1).values())
     assert case.needed(100, "int4") < case.needed(100) < case.needed(100, "f32")
     assert needed_bytes(case.directory, 100, 2, "dense") < case.needed(100)
     rates = rates_for("jetson-orin-nano-8gb", 6)
@@ -131,7 +131,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "context must be 2 to 256" in wrong.stderr
     wrong = command("plan", path, "--kv", "q8")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "float32" in wrong.stderr
+    assert "edgert export --kv" in wrong.stderr
 
 
 def test_info() -> None:

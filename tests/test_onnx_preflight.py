@@ -111,6 +111,7 @@ ABOUT: dict[str, tuple[Callable[[dict[str, Any]], object], type[EdgertError], st
     "no format": (lambda a: a.pop("format"), ModelFileError, "format is missing"),
     "an unknown key": (lambda a: a.update(adapter="x"), UnsupportedModelError, "adapter"),
     "another quant": (lambda a: a.update(quant="int2"), UnsupportedModelError, "int2"),
+    "another kv": (lambda a: a.update(kv="q8"), UnsupportedModelError, "kv: expected one of f32, f16"),
     "too much context": (lambda a: a.update(context=300), ModelFileError, "context: expected an integer"),
     "context as text": (lambda a: a.update(context="9"), ModelFileError, "context: expected an integer"),
     "no spec": (lambda a: a.pop("spec"), ModelFileError, "spec.layers"),

@@ -214,7 +214,7 @@ def test_votes_are_shares_of_the_best_tokens(monkeypatch: pytest.MonkeyPatch) ->
     rng = np.random.default_rng(0)
     for isa in edgert._native.isa_levels():
         monkeypatch.setenv("EDGERT_ISA", isa)
-        made = WorkingSet(onnxruntime, spec, 2000, 720, 1)
+        made = WorkingSet(onnxruntime, spec, "f32", 2000, 720, 1)
         for buffer in made.buffers.values():
             buffer.read()[:] = rng.normal(size=buffer.read().shape)
         queries = rng.normal(size=(1, made.query_width)).astype(np.float32)

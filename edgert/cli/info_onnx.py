@@ -31,6 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
         "architecture": spec.family,
         "name": directory.name,
         "quant": directory.quant,
+        "kv": directory.kv,
         "operators": dict(Counter(_operators(graph)).most_common()),
         "flash_head": directory.flash_head,
         "bytes_per_token": body + dense,
@@ -40,8 +41,8 @@ def describe(path: Path) -> dict[str, Any]:
         "vocabulary": spec.vocab_size,
         "chat_template": directory.tokenizer["has_chat_template"],
         **describe_spec(spec),
-        "kv_bytes_per_position": sum(kv_bytes(spec, 1).values()),
-        "kv_bytes_full_context": sum(kv_bytes(spec, spec.context_length).values()),
+        "kv_bytes_per_position": sum(kv_bytes(spec, directory.kv, 1).values()),
+        "kv_bytes_full_context": sum(kv_bytes(spec, directory.kv, spec.context_length).values()),
     }
 
 
@@ -79,6 +80,6 @@ def show(facts: dict[str, Any]) -> None:
     row(
         "keys, values",
         f"{size_text(facts['kv_bytes_per_position'])} a position",
-        f"{size_text(facts['kv_bytes_full_context'])} at full context (float32)",
+        f"{size_text(facts['kv_bytes_full_context'])} at full context ({facts['kv']})",
     )
     row("engine", "onnx")

@@ -55,6 +55,7 @@ class OnnxEngine:
         graph: Graph | None = None,
     ) -> None:
         self.runtime = load_runtime(provider)
+        _check_kv(directory, provider)
         self.directory, self.spec, self.provider = directory, directory.spec, provider
         self.threads, self.slots, self.tier = threads or detect_threads(), slots, tier
         self._step_bytes = bytes_of_a_step(graph or preflight(directory).graph, directory)
@@ -115,7 +116,7 @@ class OnnxEngine:
             "nodes": dict(self.loaded.nodes),
             "threads": self.threads,
             "quant": self.directory.quant,
-            "kv": "f32",
+            "kv": self.directory.kv,
             "weight_bytes_per_step": body + dense,
             "body_bytes_per_step": body,
         }
@@ -132,6 +133,16 @@ class OnnxEngine:
         for session in list(self._sessions):
             session.close()
         self._loaded = None
+
+
+def _check_kv(directory: OnnxDirectory, provider: str) -> None:
+    """Raises EngineError where ``provider`` cannot compute attention. The CUDA kernel of GroupQueryAttention
+    takes float16 and bfloat16, in every ONNX Runtime up to 1.32; the CPU's takes float32 too."""
+    if provider != "cpu" and directory.kv != "f16":
+        raise EngineError(
+            f"provider={provider!r} has no attention with keys and values in {directory.kv}, which "
+            f"{directory.path} has: export the model again with --kv f16, or take provider='cpu'"
+        )
 
 
 def bytes_of_a_step(graph: Graph, directory: OnnxDirectory) -> tuple[int, int, int]:
@@ -183,19 +194,22 @@ class OnnxSession:
                 f"expected a context of 1 to {engine.context_length} positions, found {context}"
             )
         self._engine, self._context, self._length = engine, context, 0
-        runtime, spec, device = engine.runtime, engine.spec, engine.loaded.device
         self._full = self._full_caches()
-        self._windows = Slots(runtime, spec, True, context + 1, CHUNK, device)
-        self._states = States(runtime, spec, device)
+        self._windows = self._slots(True)
+        self._states = States(engine.runtime, engine.spec, engine.loaded.device)
         self._steps: dict[bool, Pass] = {}  # passes of one token, by whether the FlashHead scores it
         # What the last pass found of these very states.
         self._flash: tuple[Logits, Outputs] | None = None
         self._dense: tuple[Logits, Logits] | None = None
 
     def _full_caches(self) -> Caches:
+        return self._slots(False)
+
+    def _slots(self, windowed: bool) -> Slots:
         # One slot more than the context: of a pass whose token does not count, see dense().
         engine = self._engine
-        return Slots(engine.runtime, engine.spec, False, self._context + 1, CHUNK, engine.loaded.device)
+        kv, device = engine.directory.kv, engine.loaded.device
+        return Slots(engine.runtime, engine.spec, kv, windowed, self._context + 1, CHUNK, device)
 
     @property
     def length(self) -> int:
@@ -210,7 +224,7 @@ class OnnxSession:
     @property
     def step_bytes(self) -> int:
         """Bytes of keys and values the next step reads."""
-        return round(kv_bytes(self._engine.spec, self._length, "f32"))
+        return round(kv_bytes(self._engine.spec, self._length, self._engine.directory.kv))
 
     def prefill(self, tokens: Sequence[int]) -> Logits:
         self._check(tokens)
@@ -313,20 +327,20 @@ class OnnxSession:
         found = [(buffer, shape) for s in (self._full, self._windows) for buffer, shape in s.parts(length)]
         self._states.read(0)
         states = self._states.write().values()
-        expected = _SNAPSHOT.size + sum(4 * math.prod(shape) for _, shape in found)
-        expected += sum(4 * buffer.read().size for buffer in states)
+        expected = _SNAPSHOT.size + sum(buffer.dtype.itemsize * math.prod(shape) for buffer, shape in found)
+        expected += sum(buffer.read().nbytes for buffer in states)
         if len(state) != expected:
             self._windows.start = 0
             raise EngineError(f"the snapshot is damaged: expected {expected} bytes, found {len(state)}")
         at = _SNAPSHOT.size
         for buffer, shape in found:
             rows = buffer.read()
-            rows[0, :, : shape[1]] = np.frombuffer(state, "<f4", math.prod(shape), at).reshape(shape)
+            rows[0, :, : shape[1]] = np.frombuffer(state, buffer.dtype, math.prod(shape), at).reshape(shape)
             buffer.write(rows)
-            at += 4 * math.prod(shape)
+            at += buffer.dtype.itemsize * math.prod(shape)
         for buffer in states:
             rows = buffer.read()
-            rows[...] = np.frombuffer(state, "<f4", rows.size, at).reshape(rows.shape)
+            rows[...] = np.frombuffer(state, buffer.dtype, rows.size, at).reshape(rows.shape)
             buffer.write(rows)
             at += rows.nbytes
         self._states.keep(length)

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from edgert.errors import EngineError
 from edgert.models import ModelSpec
 
-Rows = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.floating[Any]]
+DTYPES: dict[str, type[np.floating[Any]]] = {"f32": np.float32, "f16": np.float16}  # of keys and values
 
 # Positions that a windowed layer keeps beyond its window when its slots are full, for going back. Exact
 # blocks are 16 tokens long.
@@ -30,16 +31,17 @@ STATES = 32  # states of convolutions that are kept, of as many passes
 
 
 class Buffer:
-    """Zeros of float32 [*shape] on ``device``, "cpu" or "cuda"."""
+    """Zeros of float32 or float16, ``kind`` "f32" or "f16", [*shape] on ``device``, "cpu" or "cuda"."""
 
-    def __init__(self, runtime: Any, shape: tuple[int, ...], device: str) -> None:
+    def __init__(self, runtime: Any, shape: tuple[int, ...], device: str, kind: str = "f32") -> None:
+        self.dtype = np.dtype(DTYPES[kind])
         self._own: Rows | None = None
         if device == "cpu":
-            pages = mmap.mmap(-1, 4 * math.prod(shape))
-            self._own = np.frombuffer(pages, np.float32).reshape(shape)
+            pages = mmap.mmap(-1, self.dtype.itemsize * math.prod(shape))
+            self._own = np.frombuffer(pages, self.dtype).reshape(shape)
             self.value = runtime.OrtValue.ortvalue_from_numpy(self._own)
         else:
-            self.value = runtime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), device, 0)
+            self.value = runtime.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.dtype), device, 0)
 
     def read(self) -> Rows:
         """What is in it: the memory itself on the processor, else a copy."""
@@ -70,11 +72,18 @@ class Caches(Protocol):
 
 class Slots:
     """Keys and values of attention layers with the same number of slots, those with a window or those
-    without: float32 [1, KV heads, slots, head dim] each. Slot s has position ``start + s``. With a ``window``
-    there are slots for that, for :data:`SPARE` and for one pass of ``longest`` tokens."""
+    without: of type ``kv`` [1, KV heads, slots, head dim] each. Slot s has position ``start + s``. With a
+    ``window`` there are slots for that, for :data:`SPARE` and for one pass of ``longest`` tokens."""
 
     def __init__(
-        self, runtime: Any, spec: ModelSpec, windowed: bool, positions: int, longest: int, device: str
+        self,
+        runtime: Any,
+        spec: ModelSpec,
+        kv: str,
+        windowed: bool,
+        positions: int,
+        longest: int,
+        device: str,
     ) -> None:
         layers = [
             (i, layer)
@@ -86,11 +95,12 @@ class Slots:
         self.slots = min(positions, self._kept + longest) if windowed and layers else positions
         self.start = 0
         self.buffers = {
-            f"{c}.{i}": Buffer(runtime, (1, layer.n_kv_heads, self.slots, spec.head_dim), device)
+            f"{c}.{i}": Buffer(runtime, (1, layer.n_kv_heads, self.slots, spec.head_dim), device, kv)
             for i, layer in layers
             for c in "kv"
         }
-        self._row_bytes = sum(2 * 4 * layer.n_kv_heads * spec.head_dim for _, layer in layers)
+        width = sum(2 * layer.n_kv_heads * spec.head_dim for _, layer in layers)
+        self._row_bytes = np.dtype(DTYPES[kv]).itemsize * width
 
     @property
     def row_bytes(self) -> int:

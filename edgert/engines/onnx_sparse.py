@@ -13,7 +13,7 @@ large as the sequence, which are filled from the store and dropped afterwards. T
 before, so that no more memory is taken than full attention's, and filled anew by the next step.
 
 What is in the set depends on the tokens alone, so a store on a disk gives the same ones. It keeps float16: a
-page that left and came back is rounded.
+page that left and came back is rounded where the graph's caches are float32.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert import _native
-from edgert.engines.onnx_caches import Buffer
+from edgert.engines.onnx_caches import DTYPES, Buffer
 from edgert.errors import EngineError, UsageError
-from edgert.models import ModelSpec
+from edgert.models import LayerSpec, ModelSpec
 from edgert.tier import IN_MEMORY, Tier
 
 PAGE = 16  # tokens
@@ -58,23 +58,37 @@ def check_slots(slots: int) -> None:
         )
 
 
+def _row_bytes(spec: ModelSpec, kv: str) -> int:
+    """Of a slot of all caches together."""
+    heads = sum(spec.layers[i].n_kv_heads for i in full_layers(spec))
+    return 2 * np.dtype(DTYPES[kv]).itemsize * heads * spec.head_dim
+
+
 def seeing_all(spec: ModelSpec) -> ModelSpec:
     """With those layers alone that see everything."""
     return replace(spec, layers=tuple(spec.layers[i] for i in full_layers(spec)))
 
 
 class WorkingSet:
-    """``slots`` of the caches of one sequence of at most ``context`` positions, and the store behind them.
+    """``slots`` of the caches, of type ``kv``, of one sequence of at most ``context`` positions, and the
+    store behind them.
 
     ``buffers``: the graph's caches at present, of the layers of :func:`full_layers`; they have one slot more,
     :attr:`spare`. ``threads`` count votes. Raises UsageError and EngineError.
     """
 
     def __init__(
-        self, runtime: Any, spec: ModelSpec, context: int, slots: int, threads: int, tier: Tier = IN_MEMORY
+        self,
+        runtime: Any,
+        spec: ModelSpec,
+        kv: str,
+        context: int,
+        slots: int,
+        threads: int,
+        tier: Tier = IN_MEMORY,
     ) -> None:
         check_slots(slots)
-        self._runtime, self._spec, self._layers = runtime, spec, full_layers(spec)
+        self._runtime, self._spec, self._kv, self._layers = runtime, spec, kv, full_layers(spec)
         self._places, self.spare = slots // PAGE, slots
         self._store = _native.SlotStore(seeing_all(spec).as_dict(), context, threads, *tier)
         self._worth = np.zeros(0, np.float32)
@@ -90,11 +104,12 @@ class WorkingSet:
         self._larger = slots > self.spare + 1
         self._pages: list[int] = []  # by place; _NONE: nothing of use
         self._fresh = True  # any number of pages may enter
-        self.buffers = {
-            f"{c}.{i}": Buffer(self._runtime, (1, spec.layers[i].n_kv_heads, slots, spec.head_dim), "cpu")
-            for c in "kv"
-            for i in self._layers
-        }
+
+        def cache(layer: LayerSpec) -> Buffer:
+            shape = 1, layer.n_kv_heads, slots, spec.head_dim
+            return Buffer(self._runtime, shape, "cpu", self._kv)
+
+        self.buffers = {f"{c}.{i}": cache(spec.layers[i]) for c in "kv" for i in self._layers}
         keys, values = ([self.buffers[f"{c}.{i}"].read() for i in self._layers] for c in "kv")
         self._slots = _native.Slots(self._store, keys, values)
 
@@ -110,8 +125,7 @@ class WorkingSet:
     @property
     def row_bytes(self) -> int:
         """Of a slot of all caches together."""
-        heads = sum(self._spec.layers[i].n_kv_heads for i in self._layers)
-        return 2 * 4 * heads * self._spec.head_dim
+        return _row_bytes(self._spec, self._kv)
 
     @property
     def copied_bytes(self) -> int:

@@ -38,7 +38,13 @@ class SparseSession(OnnxSession):
     def _full_caches(self) -> Caches:
         engine = self._engine
         self._set = WorkingSet(
-            engine.runtime, engine.spec, self._context, engine.slots, engine.threads, engine.tier
+            engine.runtime,
+            engine.spec,
+            engine.directory.kv,
+            self._context,
+            engine.slots,
+            engine.threads,
+            engine.tier,
         )
         return self._set
 

@@ -21,7 +21,7 @@ using namespace edgert;
 
 namespace {
 
-using Cache = nb::ndarray<float, nb::shape<1, -1, -1, -1>, nb::c_contig, nb::device::cpu>;
+using Cache = nb::ndarray<nb::shape<1, -1, -1, -1>, nb::c_contig, nb::device::cpu>;
 using Queries = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Votes = nb::ndarray<nb::numpy, float, nb::ndim<1>>;
 
@@ -38,7 +38,13 @@ void make_slots(Slots* self, const SlotStore& store, std::vector<Cache> keys, st
                       " of keys and " + std::to_string(values.size()) + " of values");
   new (self) Slots;
   self->arrays.slots = uint32_t(keys[0].shape(2));
+  const nb::dlpack::dtype floats = nb::dtype<float>(), halves = {uint8_t(nb::dlpack::dtype_code::Float), 16, 1};
+  self->arrays.half = keys[0].dtype() == halves;
   const auto take = [&](const Cache& c, size_t layer) {
+    if (c.dtype() != (self->arrays.half ? halves : floats)) {
+      self->~Slots();
+      throw EngineError("expected caches that are all of float32 or all of float16");
+    }
     if (c.shape(1) != spec.layers[layer].n_kv_heads || c.shape(2) != self->arrays.slots || c.shape(3) != spec.head_dim) {
       const std::string found = std::to_string(c.shape(1)) + ", " + std::to_string(c.shape(2)) + ", " + std::to_string(c.shape(3));
       const std::string expected = std::to_string(spec.layers[layer].n_kv_heads) + ", " + std::to_string(self->arrays.slots) + ", " +
@@ -46,7 +52,7 @@ void make_slots(Slots* self, const SlotStore& store, std::vector<Cache> keys, st
       self->~Slots();
       throw EngineError("expected a cache of [1, " + expected + "], found [1, " + found + "]");
     }
-    return c.data();
+    return static_cast<uint8_t*>(c.data());
   };
   for (size_t i = 0; i < layers; ++i) {
     self->arrays.keys.push_back(take(keys[i], i));
@@ -108,7 +114,7 @@ void bind_slots(nb::module_& m) {
            })
       .def("load", [](SlotStore& s, nb::bytes b) { s.load(std::string(b.c_str(), b.size())); }, "state"_a);
 
-  nb::class_<Slots>(m, "Slots", "Caches of a graph, [1, KV heads, slots, head dim], by layer of a store.")
+  nb::class_<Slots>(m, "Slots", "Caches of a graph, float32 or float16 [1, KV heads, slots, head dim], by layer of a store.")
       .def("__init__", &make_slots, "store"_a, "keys"_a, "values"_a, "The arrays' own memory is used, and kept alive.");
 
   m.def(
