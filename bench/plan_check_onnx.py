@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
     parser.add_argument("--contexts", default="128,512,2000,4000")
     parser.add_argument("--heads", default="dense,flash,exact", help="those that an export has are taken")
-    parser.add_argument("--sparse", default="2000,4000,7900", metavar="N,…", help="contexts of sparse attention")
+    parser.add_argument("--sparse", default="2000,4000,7900", metavar="N,…", help="its contexts")
     parser.add_argument("--budgets", default="1024", metavar="N,…")
     args = parser.parse_args()
     rates = rates_for(None, 0)

@@ -132,9 +132,7 @@ def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[
         scored = max(scored, VOTERS)
     passing = ", all of it while a prompt is read" if context > case.chosen > 0 else ""
     cached = [
-        Part(
-            f"KV cache, {attention.count(window)} {_layers(window)}", size, kv + passing * (window == 0)
-        )
+        Part(f"KV cache, {attention.count(window)} {_layers(window)}", size, kv + passing * (window == 0))
         for window, size in kv_bytes(spec, kv, context).items()
     ]
     if case.chosen:

@@ -18,8 +18,8 @@ from .memory_left import memory_left
 from .onnx_directory import QUANTS, TOKENIZER, OnnxDirectory
 from .onnx_memory import parts
 from .onnx_preflight import check_graph
-from .onnx_time import decode_steps, prefill_steps
 from .onnx_sparse_plan import fewest_pages
+from .onnx_time import decode_steps, prefill_steps
 from .placement import longest, longest_placed, place, regimes
 from .planner import Part, Plan, Remedy, check_context, ranked
 from .tokenizer_memory import tokenizer_bytes

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from .onnx_plan import OnnxCase
     from .rates import Rates
 
-# As they were measured on one core of an AMD EPYC: seconds of a vote and of a choice, the scan of the index in times of
+# As they were measured on an AMD EPYC: seconds of a vote and of a choice, the scan of the index in times of
 # the native engine's, and bytes a second that are copied.
 VOTING, CHOOSING, SCANS, COPIES = 0.15e-3, 0.2e-3, 1.6, 12e9
-# Pages that enter the set of a step, whose first ones are all in memory: there a tier has pages that it does not choose.
-ENTERING, TAIL = 4.5, 51
+ENTERING = 4.5  # pages that enter the set of a step
+TAIL = 51  # pages in memory at most that a tier does not choose: the first one, and those without an index
 
 
 def store_parts(case: OnnxCase, context: int) -> list[Part]:
@@ -62,7 +62,7 @@ def working_set_steps(case: OnnxCase, rates: Rates, length: int, row: int) -> li
     copied = round(ENTERING * (record + PAGE * row))
     steps.append(Step("pages", CHOOSING + copied / COPIES, copied, "memory"))
     if case.slots and -(-length // PAGE) > case.slots:
-        # The tier keeps the pages worth most too: of those that come next it has more the more it has room for.
+        # A tier chooses by worth too, so that it has of the next ones the more the more it has room for.
         entering = ENTERING * math.exp(-PAGE * (case.slots - TAIL) / case.chosen)
         read = round(entering * record)
         seconds = rates.disk_seconds(entering * len(layers), record // len(layers), SECTION_READS)

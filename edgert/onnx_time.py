@@ -88,10 +88,7 @@ def _pairs(case: OnnxCase, length: int, seen: int) -> int:
     window."""
     spec = case.directory.spec
     return sum(
-        2
-        * spec.n_heads
-        * spec.head_dim
-        * slots_in_use(spec, layer.window, length if layer.window else seen)
+        2 * spec.n_heads * spec.head_dim * slots_in_use(spec, layer.window, length if layer.window else seen)
         for layer in spec.layers
         if layer.kind == "attention"
     )

@@ -23,7 +23,7 @@ UNSURE = 1 / 32  # of the memory: what a plan may be wrong by, kept free where t
 
 class Placeable(Protocol):
     """What places are found for, a dataclass: a model, and the options that change what it costs. ``chosen``
-    are the past tokens that a step sees (0: all), ``slots`` the pages of keys and values in memory (0: all)."""
+    are the past tokens that a step sees, ``slots`` the pages of keys and values in memory; 0: all."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
@@ -110,9 +110,7 @@ class Regime:
     disk_bytes: int
 
 
-def regimes(
-    case: Placeable, context: int, most: int, available: int, rates: Rates
-) -> tuple[Regime, ...]:
+def regimes(case: Placeable, context: int, most: int, available: int, rates: Rates) -> tuple[Regime, ...]:
     """What holds at which length, up to ``most`` tokens: of a session of ``context`` tokens first, then of
     longer ones, up to the longest that is not refused. The thresholds are those of SpeContext (arXiv
     2512.00722, algorithm 2) for pages instead of layers, from sizes that are exact: nothing goes to the disk

@@ -98,7 +98,7 @@ class WorkingSet:
         self._make(slots + 1)
 
     def _make(self, slots: int) -> None:
-        """Caches of ``slots`` slots with nothing in them, for those that there are: their memory goes first."""
+        """Empty caches of ``slots`` slots in place of those that there are, whose memory goes first."""
         spec = self._spec
         self.buffers, self._slots = {}, None
         self._larger = slots > self.spare + 1
