@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
         metavar="SIZE",
-        help="what the process may take, as 4GiB or 800MB; with sparse or exact attention keys and values that "
-        "do not fit go to the disk; default: what is there",
+        help="what the process may take, as 4GiB or 800MB; with sparse or exact attention keys and values "
+        "that do not fit go to the disk; default: what is there",
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
     parser.add_argument("--kv", default="f16", metavar="TYPE", help="type of the keys and values kept")
