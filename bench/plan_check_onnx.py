@@ -155,7 +155,7 @@ def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
     seconds, bandwidth = settle(run.rounds, predicted)
     return OnnxRow(
         model=directory.name,
-        kv=directory.quant,
+        kv=f"{directory.quant}, kv {directory.kv}",
         head=run.head,
         context=run.context,
         planned_bytes=case.needed(prompt + run.generated),
@@ -192,7 +192,7 @@ def table(rows: list[OnnxRow], sparse: list[SparseRow], machine: str) -> str:
             "at worst",
         ]
     columns = (
-        *("model", "weights", "head", "context", "peak planned", "measured", "off"),
+        *("model", "types", "head", "context", "peak planned", "measured", "off"),
         *("token planned", "measured", "off", "prompt planned", "measured", "off", "GB/s"),
     )
     lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # token and with many, and of the float32 rate in attention.
 STEP = {"int4": 0.42, "int8": 0.42, "f16": 1.0, "f32": 1.0}
 PROMPT = {"int4": 0.30, "int8": 0.37, "f16": 2.3, "f32": 2.3}
-STEP_ATTENTION, PROMPT_ATTENTION = 0.127, 0.70
-SOFTMAX = 35  # channels of a head that cost a step as much as the softmax of one score
+STEP_ATTENTION = {"f32": 0.09, "f16": 0.06}  # float16 is made float32 anew for every query head
+PROMPT_ATTENTION = 0.70
 NODE = 6e-6  # seconds of a node in a step, whatever it computes
 CHOICE = 4e-9  # seconds for each token of the vocabulary, of which a FlashHead takes the best
 KINDS = {"int4": "Q4_0", "int8": "Q8_0", "f16": "F32", "f32": "F32"}  # float16 is made float32
@@ -36,8 +36,7 @@ def decode_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
     kv, seen = case.directory.kv, min(length, case.chosen or length)
     kept = {**kv_bytes(spec, kv, length), 0: kv_bytes(spec, kv, seen).get(0, 0)}
     read = sum(kept.values())
-    pairs = 2 * (spec.head_dim + SOFTMAX) * _scores(case, length, seen)
-    attention = pairs / (STEP_ATTENTION * rates.fp32)
+    attention = _pairs(case, length, seen) / (STEP_ATTENTION[kv] * rates.fp32)
     steps = [
         _product(case, "body", body, rates, 1),
         Step("attention", attention, read, "arithmetic"),
@@ -59,8 +58,7 @@ def prefill_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]
     one = _product(case, "body", body, rates, tokens)
     passes = length / tokens
     # Position i attends to i positions, or to the slots of a window.
-    scores = sum(_scores(case, n, n) * tokens for n in range(tokens // 2, length, tokens))
-    pairs = 2 * case.directory.spec.head_dim * scores
+    pairs = sum(_pairs(case, n, n) * tokens for n in range(tokens // 2, length, tokens))
     return (
         Step("body", one.seconds * passes, round(one.bytes * passes), one.limit),
         Step("attention", pairs / (PROMPT_ATTENTION * rates.fp32), 0, "arithmetic"),
@@ -85,13 +83,13 @@ def _product(case: OnnxCase, name: str, stored: int, rates: Rates, tokens: int) 
     return Step(name, seconds, packed, "memory" if memory >= arithmetic else "arithmetic")
 
 
-def _scores(case: OnnxCase, length: int, seen: int) -> int:
-    """Query heads times slots of attention for one token after ``length``, of which layers that see
-    everything have ``seen`` in slots. ONNX Runtime's operator goes through all slots in use, also those that
-    lie before the window."""
+def _pairs(case: OnnxCase, length: int, seen: int) -> int:
+    """Multiply-adds of attention for one token after ``length``, of which layers that see everything have
+    ``seen`` in slots. ONNX Runtime's operator goes through all slots in use, also those that lie before the
+    window."""
     spec = case.directory.spec
     return sum(
-        spec.n_heads * slots_in_use(spec, layer.window, length if layer.window else seen)
+        2 * spec.n_heads * spec.head_dim * slots_in_use(spec, layer.window, length if layer.window else seen)
         for layer in spec.layers
         if layer.kind == "attention"
     )
