@@ -7,13 +7,15 @@ speed probed in between. Times count where memory gave at least QUIET of what th
 others were busy. Runs are kept in a file as they come, and those that it has are not made again.
 
 With sparse attention a run is one of :mod:`edgert.bench.plan_check_sparse`: steps along a text, with all of
-the store in memory, and under a limit of memory that sends a part of it to a disk.
+the store in memory, and under a limit of memory with which a quarter of its pages stay there, or the fewest
+that may.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -35,7 +37,6 @@ from edgert.bench.plan_check_sparse import (
     TURNS,
     SparseRow,
     Taken,
-    limit_for,
     lines_of,
     take,
     text_of,
@@ -46,6 +47,7 @@ from edgert.bench.text import prose
 from edgert.onnx_directory import OnnxDirectory
 from edgert.onnx_plan import OnnxCase
 from edgert.onnx_time import decode_steps, prefill_steps
+from edgert.placement import PAGE, UNSURE, place
 from edgert.rates import Rates, rates_for
 from edgert.tokenizer import Tokenizer
 
@@ -135,12 +137,19 @@ def sparse_run(
 ) -> SparseRun | None:
     """None where nothing would lie on the disk."""
     length = context + TURNS * STEPS
-    limit = limit_for(sparse_case(directory, budget, threads), length) if on_disk else None
-    if on_disk and limit is None:
+    limit = _limit(sparse_case(directory, budget, threads), length) if on_disk else 0
+    if limit is None:
         return None
     text = text_of(directory.metadata, length)
-    taken = take(str(directory.path), "onnx", "f16", text, budget, limit, threads)
-    return SparseRun(directory.sha256, budget, context, limit or 0, taken)
+    taken = take(str(directory.path), "onnx", "f16", text, budget, limit or None, threads)
+    return SparseRun(directory.sha256, budget, context, limit, taken)
+
+
+def _limit(case: OnnxCase, length: int) -> int | None:
+    """Bytes with which a quarter of the pages, or the fewest that may, stay in memory; None where all do."""
+    pages = max(case.fewest_pages(length), length // PAGE // 4)
+    limit = math.ceil(replace(case, slots=pages).needed(length) / (1 - UNSURE))
+    return limit if place(case, length, limit).slots else None
 
 
 def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:

@@ -71,7 +71,7 @@ json.dump([peak, rounds, {name: end[name] - start[name] for name in
 @dataclass(frozen=True)
 class SparseRow(Row):
     """``slots``: pages in memory, 0 for all. Disk bytes are a step's; ``hidden`` is the share of the time of
-    reading in which no step waited."""
+    reading in which no step waited, ``waited`` the seconds of a step that waited."""
 
     budget: int
     slots: int
@@ -79,6 +79,7 @@ class SparseRow(Row):
     planned_disk: int
     measured_disk: int
     hidden: float | None
+    waited: float
 
     @property
     def key(self) -> tuple[str, str, int, int, bool]:
@@ -164,6 +165,7 @@ def row_of(
         planned_disk=sum(step.bytes for step in placed.decode(rates, middle) if step.limit == "disk"),
         measured_disk=round(disk["bytes_read"] / steps),
         hidden=1 - disk["waited_seconds"] / disk["read_seconds"] if disk["read_seconds"] else None,
+        waited=disk["waited_seconds"] / steps,
     )
 
 
@@ -211,7 +213,7 @@ def lines_of(rows: list[SparseRow], kv: str) -> list[str]:
     """The rows as lines of a table; ``kv``: what that attribute of them is."""
     columns = (
         *("model", kv, "context", "budget", "pages in memory", "peak planned", "measured", "off"),
-        *("step planned", "measured", "off", "from the disk planned", "measured", "hidden", "GB/s"),
+        *("step planned", "measured", "off", "from the disk planned", "measured", "hidden", "waits", "GB/s"),
     )
     head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     return head + [f"| {' | '.join(_cells(row))} |" for row in rows]
@@ -225,7 +227,8 @@ def _cells(r: SparseRow) -> list[str]:
         *(f"{r.planned_bytes / 1e6:.1f} MB", f"{r.measured_bytes / 1e6:.1f} MB"),
         f"{r.memory_error:+.1%}{'' if r.memory_held else ' (!)'}",
         *(f"{r.planned_seconds * 1e3:.2f} ms", f"{r.measured_seconds * 1e3:.2f} ms", f"{r.time_error:+.1%}"),
-        *(*disk, "" if r.hidden is None else f"{r.hidden:.0%}", f"{r.bandwidth / 1e9:.1f}"),
+        *(*disk, "" if r.hidden is None else f"{max(r.hidden, 0):.0%}"),
+        *(f"{r.waited * 1e3:.2f} ms" if r.slots else "", f"{r.bandwidth / 1e9:.1f}"),
     ]
 
 
