@@ -79,7 +79,7 @@ class SparseRow(Row):
     planned_disk: int
     measured_disk: int
     hidden: float | None
-    waited: float
+    waited: float = 0.0
 
     @property
     def key(self) -> tuple[str, str, int, int, bool]:
