@@ -5,14 +5,20 @@ As :mod:`edgert.bench.plan_check`, with ONNX Runtime on the CPU: every run is a 
 an export, reads a prompt of prose and generates, and does so again ROUNDS times for the time, with memory's
 speed probed in between. Times count where memory gave at least QUIET of what the doctor measured: elsewhere
 others were busy. Runs are kept in a file as they come, and those that it has are not made again.
+
+With sparse attention a run is one of :mod:`edgert.bench.plan_check_sparse`: steps along a text, with all of
+the store in memory, and under a limit of memory with which a quarter of its pages stay there, or the fewest
+that may.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from edgert.bench.measure import put, say
@@ -25,11 +31,23 @@ from edgert.bench.plan_check import (
     settle,
     verdict,
 )
+from edgert.bench.plan_check_sparse import DECODE_MEDIAN as STEP_MEDIAN
+from edgert.bench.plan_check_sparse import (
+    STEPS,
+    TURNS,
+    SparseRow,
+    Taken,
+    lines_of,
+    take,
+    text_of,
+)
+from edgert.bench.plan_check_sparse import row_of as sparse_row
 from edgert.bench.text import prose
 
 from edgert.onnx_directory import OnnxDirectory
 from edgert.onnx_plan import OnnxCase
 from edgert.onnx_time import decode_steps, prefill_steps
+from edgert.placement import PAGE, UNSURE, place
 from edgert.rates import Rates, rates_for
 from edgert.tokenizer import Tokenizer
 
@@ -95,6 +113,45 @@ def run(directory: OnnxDirectory, head: str, context: int, threads: int) -> Run:
     )
 
 
+@dataclass(frozen=True)
+class SparseRun:
+    """The same with sparse attention: ``limit`` of memory in bytes, 0: none."""
+
+    sha256: str
+    budget: int
+    context: int
+    limit: int
+    taken: Taken
+
+    @property
+    def key(self) -> tuple[str, int, int, bool]:
+        return self.sha256, self.budget, self.context, self.limit > 0
+
+
+def sparse_case(directory: OnnxDirectory, budget: int, threads: int) -> OnnxCase:
+    return OnnxCase.read(directory, threads, "dense", chosen=budget)
+
+
+def sparse_run(
+    directory: OnnxDirectory, budget: int, context: int, on_disk: bool, threads: int
+) -> SparseRun | None:
+    """None where nothing would lie on the disk."""
+    length = context + TURNS * STEPS
+    limit = _limit(sparse_case(directory, budget, threads), length) if on_disk else 0
+    if limit is None:
+        return None
+    text = text_of(directory.metadata, length)
+    taken = take(str(directory.path), "onnx", "f16", text, budget, limit or None, threads)
+    return SparseRun(directory.sha256, budget, context, limit, taken)
+
+
+def _limit(case: OnnxCase, length: int) -> int | None:
+    """Bytes with which a quarter of the pages, or the fewest that may, stay in memory; None where all do."""
+    pages = max(case.fewest_pages(length), length // PAGE // 4)
+    limit = math.ceil(replace(case, slots=pages).needed(length) / (1 - UNSURE))
+    return limit if place(case, length, limit).slots else None
+
+
 def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
     """The run beside the plan for its length."""
     case = OnnxCase.read(directory, rates.threads, run.head)
@@ -122,7 +179,7 @@ def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
     )
 
 
-def table(rows: list[OnnxRow], machine: str) -> str:
+def table(rows: list[OnnxRow], sparse: list[SparseRow], machine: str) -> str:
     """Markdown, with the errors and whether the targets hold."""
     quiet = [row for row in rows if row.quiet]
     lines = [
@@ -149,6 +206,16 @@ def table(rows: list[OnnxRow], machine: str) -> str:
     )
     lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    if sparse:
+        lines += [
+            *("", "## Sparse attention", ""),
+            f"Steps along a text, {STEPS} after the prompt and then {TURNS - 1} turns of {STEPS}, whose "
+            "median counts. Dense head.",
+            "",
+            *verdict(sparse, "step", STEP_MEDIAN),
+            "",
+            *lines_of(sparse, "weights"),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -174,31 +241,70 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
     parser.add_argument("--contexts", default="128,512,2000,4000")
     parser.add_argument("--heads", default="dense,flash,exact", help="those that an export has are taken")
+    parser.add_argument("--sparse", default="2000,4000,7900", metavar="N,…", help="its contexts")
+    parser.add_argument("--budgets", default="1024", metavar="N,…")
     args = parser.parse_args()
     rates = rates_for(None, 0)
     if not rates.measured:
         raise SystemExit("run `edgert doctor` first: the plan needs its measurements")
-    kept = args.runs.read_text().splitlines() if args.runs.exists() else []
-    runs = {made.key: made for made in (Run(**json.loads(line)) for line in kept)}
+    kept = [json.loads(line) for line in args.runs.read_text().splitlines()] if args.runs.exists() else []
+    runs = {known.key: known for known in (Run(**values) for values in kept if "taken" not in values)}
+    sparse = [
+        SparseRun(**{**values, "taken": Taken(**values["taken"])}) for values in kept if "taken" in values
+    ]
+    sparse_runs = {known.key: known for known in sparse}
+
+    def keep(made: Run | SparseRun) -> None:
+        with args.runs.open("a") as file:
+            file.write(json.dumps(asdict(made)) + "\n")
+
+    def numbers(text: str) -> list[int]:
+        return [int(word) for word in text.split(",") if word]
+
     rows: list[OnnxRow] = []
+    sparse_rows: list[SparseRow] = []
     for path in args.directories:
         directory = OnnxDirectory.open(path)
-        for context in map(int, args.contexts.split(",")):
-            for head in args.heads.split(","):
-                if head != "dense" and directory.flash_head is None:
+        for context, head in product(numbers(args.contexts), args.heads.split(",")):
+            if head != "dense" and directory.flash_head is None:
+                continue
+            key = directory.sha256, head, context
+            if key not in runs:
+                runs[key] = run(directory, head, context, rates.threads)
+                keep(runs[key])
+            row = row_of(runs[key], directory, rates)
+            rows.append(row)
+            say(
+                f"{row.model} {row.kv} {head} {context}: memory {row.memory_error:+.1%}, "
+                f"time {row.time_error:+.1%}, prompt {row.planned_prompt / row.measured_prompt - 1:+.1%}"
+            )
+        grid = product(numbers(args.sparse), numbers(args.budgets), (False, True))
+        for context, budget, on_disk in grid:
+            found = sparse_runs.get((directory.sha256, budget, context, on_disk))
+            if found is None:
+                found = sparse_run(directory, budget, context, on_disk, rates.threads)
+                if found is None:
                     continue
-                key = directory.sha256, head, context
-                if key not in runs:
-                    runs[key] = run(directory, head, context, rates.threads)
-                    with args.runs.open("a") as file:
-                        file.write(json.dumps(asdict(runs[key])) + "\n")
-                row = row_of(runs[key], directory, rates)
-                rows.append(row)
-                say(
-                    f"{row.model} {row.kv} {head} {context}: memory {row.memory_error:+.1%}, "
-                    f"time {row.time_error:+.1%}, prompt {row.planned_prompt / row.measured_prompt - 1:+.1%}"
+                keep(found)
+            case = sparse_case(directory, budget, rates.threads)
+            sparse_rows.append(
+                sparse_row(
+                    case,
+                    found.taken,
+                    directory.name,
+                    directory.quant,
+                    context,
+                    found.limit or None,
+                    rates,
+                    context + STEPS,
                 )
-    put(table(rows, rates.name), args.output)
+            )
+            made = sparse_rows[-1]
+            say(
+                f"{made.model} sparse {budget} {context} {made.slots}: memory {made.memory_error:+.1%}, "
+                f"time {made.time_error:+.1%}"
+            )
+    put(table(rows, sparse_rows, rates.name), args.output)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from edgert.bench.eval_texts import make_documents
 from edgert.bench.measure import put, say
@@ -22,8 +24,7 @@ from edgert.bench.plan_check import PROBE_SECONDS, Row, in_process, settle, verd
 
 from edgert import _native
 from edgert.locate import cache_dir, model_path
-from edgert.placement import place
-from edgert.plan_time import decode_steps
+from edgert.placement import Placeable, place
 from edgert.planner import Case
 from edgert.rates import Rates, rates_for
 from edgert.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ from edgert.generate import peak_memory
 job = json.load(sys.stdin)
 text, told, steps = job["text"], job["prompt"], job["steps"]
 with edgert.load(
-    job["path"], engine="native", kv=job["kv"], head="dense", context=len(text), threads=job["threads"],
+    job["path"], engine=job["engine"], kv=job["kv"], head="dense", context=len(text), threads=job["threads"],
     attention="sparse", heads="none", budget=job["budget"],
     memory=job["memory"], page_directory=job["directory"],
 ) as model, model.session() as session:
@@ -70,7 +71,7 @@ json.dump([peak, rounds, {name: end[name] - start[name] for name in
 @dataclass(frozen=True)
 class SparseRow(Row):
     """``slots``: pages in memory, 0 for all. Disk bytes are a step's; ``hidden`` is the share of the time of
-    reading in which no step waited."""
+    reading in which no step waited, ``waited`` the seconds of a step that waited."""
 
     budget: int
     slots: int
@@ -78,13 +79,24 @@ class SparseRow(Row):
     planned_disk: int
     measured_disk: int
     hidden: float | None
+    waited: float = 0.0
 
     @property
     def key(self) -> tuple[str, str, int, int, bool]:
         return self.model, self.kv, self.context, self.budget, self.slots > 0
 
 
-def limit_for(case: Case, context: int) -> int | None:
+@dataclass(frozen=True)
+class Taken:
+    """What a process took: bytes at its peak, and of each turn a step's seconds and memory's speed before and
+    after. ``disk``: bytes read by all turns that count, seconds of it and seconds that steps waited."""
+
+    peak: int
+    rounds: list[tuple[float, float, float]]
+    disk: dict[str, float]
+
+
+def limit_for(case: Placeable, context: int) -> int | None:
     """Half way between the fewest bytes that a plan accepts with pages on the disk and what all in memory
     takes; None where that is no range."""
     high = case.needed(context) - 1
@@ -97,58 +109,86 @@ def limit_for(case: Case, context: int) -> int | None:
     return (low + high) // 2
 
 
+def take(
+    path: str, engine: str, kv: str, text: list[int], budget: int, limit: int | None, threads: int
+) -> Taken:
+    """A process that reads ``text`` up to where TURNS * STEPS steps are left, and takes these."""
+    job = {
+        "path": path,
+        "engine": engine,
+        "text": text,
+        "prompt": len(text) - TURNS * STEPS,
+        "steps": STEPS,
+        "kv": kv,
+        "threads": threads,
+        "budget": budget,
+        "memory": limit,
+        "directory": str(cache_dir() / "pages"),
+        "probe": PROBE_SECONDS,
+    }
+    return Taken(*in_process(_CHILD, job, f"{path} {kv} {len(text)} {budget}"))
+
+
+def row_of(
+    case: Placeable,
+    taken: Taken,
+    name: str,
+    kv: str,
+    context: int,
+    limit: int | None,
+    rates: Rates,
+    tier: int,
+) -> SparseRow:
+    """The process beside the plan: ``case`` without a limit of memory. ``tier``: tokens for which it takes
+    memory at its peak with pages on the disk."""
+    length, middle = context + TURNS * STEPS, context + (TURNS + 1) * STEPS // 2
+    placed = place(case, length, limit) if limit else case
+
+    def predicted(bandwidth: float) -> float:
+        return sum(step.seconds for step in placed.decode(replace(rates, bandwidth=bandwidth), middle))
+
+    seconds, bandwidth = settle(taken.rounds, predicted)
+    steps, disk = (TURNS - 1) * STEPS, taken.disk
+    return SparseRow(
+        model=name,
+        kv=kv,
+        head="dense",
+        context=context,
+        planned_bytes=placed.needed(tier if placed.slots else context + STEPS),
+        measured_bytes=taken.peak,
+        planned_seconds=predicted(bandwidth),
+        measured_seconds=seconds,
+        bandwidth=bandwidth,
+        budget=case.chosen,
+        slots=placed.slots,
+        limit=limit or 0,
+        planned_disk=sum(step.bytes for step in placed.decode(rates, middle) if step.limit == "disk"),
+        measured_disk=round(disk["bytes_read"] / steps),
+        hidden=1 - disk["waited_seconds"] / disk["read_seconds"] if disk["read_seconds"] else None,
+        waited=disk["waited_seconds"] / steps,
+    )
+
+
 def run(path: str, kv: str, context: int, budget: int, on_disk: bool, rates: Rates) -> SparseRow | None:
     """One row: the process, and the plan for its length. None where nothing would lie on the disk."""
     length = context + TURNS * STEPS
     file = _native.GgufFile(path)
     case = Case.read(file, None, rates.lanes, rates.threads, kv, "dense", 0, budget, "sparse", "none")
     limit = limit_for(case, length) if on_disk else None
-    if on_disk:
-        if limit is None:
-            return None
-        case = place(case, length, limit)
-    job = {
-        "path": path,
-        "text": _text(path, length),
-        "prompt": context,
-        "steps": STEPS,
-        "kv": kv,
-        "threads": rates.threads,
-        "budget": budget,
-        "memory": limit,
-        "directory": str(cache_dir() / "pages"),
-        "probe": PROBE_SECONDS,
-    }
-    peak, rounds, disk = in_process(_CHILD, job, f"{path} {kv} {context} {budget}")
-    middle = context + (TURNS + 1) * STEPS // 2
-
-    def predicted(bandwidth: float) -> float:
-        return sum(step.seconds for step in decode_steps(case, replace(rates, bandwidth=bandwidth), middle))
-
-    seconds, bandwidth = settle(rounds, predicted)
-    steps = (TURNS - 1) * STEPS
-    return SparseRow(
-        model=Path(path).name,
-        kv=kv,
-        head="dense",
-        context=context,
-        planned_bytes=case.needed(length if case.slots else context + STEPS),
-        measured_bytes=peak,
-        planned_seconds=predicted(bandwidth),
-        measured_seconds=seconds,
-        bandwidth=bandwidth,
-        budget=budget,
-        slots=case.slots,
-        limit=limit or 0,
-        planned_disk=sum(step.bytes for step in decode_steps(case, rates, middle) if step.limit == "disk"),
-        measured_disk=round(disk["bytes_read"] / steps),
-        hidden=1 - disk["waited_seconds"] / disk["read_seconds"] if disk["read_seconds"] else None,
-    )
+    if on_disk and limit is None:
+        return None
+    taken = take(path, "native", kv, _text(path, length), budget, limit, rates.threads)
+    return row_of(case, taken, Path(path).name, kv, context, limit, rates, length)
 
 
 @cache
 def _text(path: str, n: int) -> list[int]:
-    tokenizer = Tokenizer.from_gguf(_native.GgufFile(path).metadata)
+    return text_of(_native.GgufFile(path).metadata, n)
+
+
+def text_of(metadata: Mapping[str, Any], n: int) -> list[int]:
+    """``n`` tokens, by the tokenizer that ``metadata`` of a .gguf file has."""
+    tokenizer = Tokenizer.from_gguf(metadata)
     return max((document.tokens for document in make_documents(tokenizer, n)), key=len)
 
 
@@ -164,14 +204,19 @@ def table(rows: list[SparseRow], machine: str) -> str:
         "",
         *verdict(rows, "step", DECODE_MEDIAN),
         "",
+        *lines_of(rows, "KV"),
     ]
-    columns = (
-        *("model", "KV", "context", "budget", "pages in memory", "peak planned", "measured", "off"),
-        *("step planned", "measured", "off", "from the disk planned", "measured", "hidden", "GB/s"),
-    )
-    lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def lines_of(rows: list[SparseRow], kv: str) -> list[str]:
+    """The rows as lines of a table; ``kv``: what that attribute of them is."""
+    columns = (
+        *("model", kv, "context", "budget", "pages in memory", "peak planned", "measured", "off"),
+        *("step planned", "measured", "off", "from the disk planned", "measured", "hidden", "waits", "GB/s"),
+    )
+    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return head + [f"| {' | '.join(_cells(row))} |" for row in rows]
 
 
 def _cells(r: SparseRow) -> list[str]:
@@ -182,7 +227,8 @@ def _cells(r: SparseRow) -> list[str]:
         *(f"{r.planned_bytes / 1e6:.1f} MB", f"{r.measured_bytes / 1e6:.1f} MB"),
         f"{r.memory_error:+.1%}{'' if r.memory_held else ' (!)'}",
         *(f"{r.planned_seconds * 1e3:.2f} ms", f"{r.measured_seconds * 1e3:.2f} ms", f"{r.time_error:+.1%}"),
-        *(*disk, "" if r.hidden is None else f"{r.hidden:.0%}", f"{r.bandwidth / 1e9:.1f}"),
+        *(*disk, "" if r.hidden is None else f"{max(r.hidden, 0):.0%}"),
+        *(f"{r.waited * 1e3:.2f} ms" if r.slots else "", f"{r.bandwidth / 1e9:.1f}"),
     ]
 
 

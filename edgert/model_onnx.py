@@ -9,16 +9,14 @@ from typing import Any
 from .attention import choose_budget
 from .engines.onnx import OnnxEngine
 from .engines.onnx_providers import check_provider
-from .engines.onnx_sparse import check_slots, pages_in_memory
+from .engines.onnx_sparse import check_slots
 from .errors import UsageError
-from .memory_left import resident_bytes
 from .model import Model
 from .onnx_directory import OnnxDirectory
-from .onnx_plan import check_fits, choose_head
+from .onnx_plan import OnnxCase, choose_head, fitting
 from .onnx_preflight import preflight
 from .placement import check_memory, make_tier
 from .planner import check_context
-from .tier import Tier
 from .tokenizer import Tokenizer
 
 # What load() takes and an export does not, with the default, and why.
@@ -26,14 +24,12 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "kv": ("f16", "the type of its keys and values was fixed when it was exported (edgert export --kv)"),
     "probes": (0, "what its FlashHead scores was fixed when it was exported"),
     "heads": ("none", "its heads all see the same"),
-    "attention": ("full", "plans of exports are of full attention"),
-    "budget": (0, "plans of exports are of full attention"),
     "memory": (None, "with full attention its keys and values all lie in memory"),
     "page_directory": (None, "with full attention its keys and values all lie in memory"),
     "page_limit": (None, "with full attention its keys and values all lie in memory"),
 }
 # Those that go with sparse attention.
-_SPARSE = frozenset(("attention", "budget", "memory", "page_directory", "page_limit"))
+_SPARSE = frozenset(("memory", "page_directory", "page_limit"))
 
 
 def load_export(
@@ -47,26 +43,27 @@ def load_export(
 ) -> Model:
     """What :func:`edgert.load` does for a directory; ``others`` are its arguments that are for .gguf files
     alone. Raises UsageError, ModelFileError, UnsupportedModelError, TokenizerError or EngineError; PlanError,
-    before anything is allocated, when a session of ``context`` does not fit the memory there is, and once the
-    weights are loaded when it does not fit ``memory`` beside them."""
+    before anything is allocated, when a session of ``context`` does not fit the memory there is."""
     if engine not in ("auto", "onnx"):
         raise UsageError(
             f"{path} is an ONNX export, which engine={engine!r} does not run: use engine='onnx', or give the "
             ".gguf file it was made of"
         )
     check_provider(provider)
-    slots = _slots(path, provider, others)
+    slots = sparse_slots(path, provider, others)
     refuse_options(path, {name: given for name, given in others.items() if not slots or name not in _SPARSE})
+    check_memory(others["memory"], "onnx")
     directory = OnnxDirectory.open(path)
     head = choose_head(directory, head)
     check_context(context, directory.spec.context_length)
     context = context or directory.context
     graph = preflight(directory).graph
+    pages = 0
     if provider == "cpu":  # nobody has measured what another takes
-        check_fits(directory, context, threads, head, graph)
-    loaded = OnnxEngine(directory, provider, threads, slots, graph=graph)
-    if slots:
-        loaded.tier = _tier(loaded, context, others)
+        case = OnnxCase.read(directory, threads, head, graph, slots)
+        pages = fitting(case, context, others["memory"]).slots
+    tier = make_tier(pages, others["page_directory"], others["page_limit"])
+    loaded = OnnxEngine(directory, provider, threads, slots, tier, graph)
     return Model(
         loaded,
         Tokenizer.from_gguf(directory.metadata),
@@ -82,7 +79,7 @@ def load_export(
     )
 
 
-def _slots(path: Path, provider: str, others: Mapping[str, Any]) -> int:
+def sparse_slots(path: Path, provider: str, others: Mapping[str, Any]) -> int:
     """Slots of the working set that steps see under sparse attention, 0: they see everything. Raises
     UsageError."""
     attention = others["attention"]
@@ -103,22 +100,9 @@ def _slots(path: Path, provider: str, others: Mapping[str, Any]) -> int:
     return budget
 
 
-def _tier(engine: OnnxEngine, context: int, others: Mapping[str, Any]) -> Tier:
-    """Where the keys and values behind the slots of a session lie. Raises PlanError when ``memory`` is too
-    small for it, beside what the process holds now."""
-    memory = others["memory"]
-    check_memory(memory, "onnx")
-    pages = 0
-    if memory is not None:
-        pages = pages_in_memory(
-            engine.spec, engine.directory.kv, context, engine.slots, memory - resident_bytes()
-        )
-    return make_tier(pages, others["page_directory"], others["page_limit"])
-
-
 def refuse_options(path: Path, others: Mapping[str, Any]) -> None:
     """Raises UsageError for an option of .gguf files that was changed from its default."""
-    for name, given in others.items():
-        default, why = _FIXED[name]
+    for name, (default, why) in _FIXED.items():
+        given = others.get(name, default)
         if given != default:
             raise UsageError(f"{name}={given!r} is not for {path}, an ONNX export: {why}; drop it")

@@ -19,17 +19,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from . import _native
 from .cost import KV_ELEMENT_BYTES
 from .memory_left import PYTHON_BYTES
-from .onnx_directory import TOKENIZER
 from .onnx_interface import BLOCK, ITEM_BYTES, matrices
+from .onnx_sparse_plan import store_parts
 from .planner import Part
-from .tokenizer_memory import tokenizer_bytes
 
 if TYPE_CHECKING:
     from .models import ModelSpec
-    from .onnx_directory import OnnxDirectory
+    from .onnx_plan import OnnxCase
     from .onnx_wire import Graph, Node
 
 RUNTIME_BYTES = 38_000_000  # numpy, the library of ONNX Runtime and its objects, beside PYTHON_BYTES
@@ -51,8 +49,9 @@ class Held:
     extra: int
 
 
-def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
-    """The weights of ``spec`` as ``quant``, with the FlashHead of ``graph`` where there is one."""
+def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool, used: bool = True) -> Held:
+    """The weights of ``spec`` as ``quant``, with the FlashHead of ``graph`` where there is one; what is not
+    ``used`` of it stays where it is, but for what ONNX Runtime packs."""
     bits = {"int8": 8, "int4": 4}.get(quant, 0)
     packed = mapped = looked = extra = 0
     head = "token_embd.weight" if spec.tied_head else "output.weight"
@@ -74,7 +73,7 @@ def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
             if tensor.name in multiplied:
                 packed += size + BLOCK_BYTES * math.prod(tensor.dims[:2])
                 extra = max(extra, size)
-            else:
+            elif used:
                 mapped += size
     return Held(packed, mapped, looked, extra)
 
@@ -108,19 +107,19 @@ def kv_bytes(spec: ModelSpec, kv: str, context: int) -> dict[int, int]:
     return found
 
 
-def parts(
-    directory: OnnxDirectory, graph: Graph, context: int, head: str, quant: str = "", kv: str = ""
-) -> tuple[Part, ...]:
-    """The terms of the peak with one session of ``context`` tokens, as the export is or as it would be in
-    another ``quant`` or ``kv``."""
+def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[Part, ...]:
+    """The terms of the peak with one session of ``context`` tokens, of the export as it is or as it would be
+    in another ``quant`` or ``kv``."""
     from .engines.onnx import CHUNK
     from .engines.onnx_caches import STATES
+    from .engines.onnx_sparse import VOTERS
     from .heads import LONGEST
 
+    directory, graph, head = case.directory, case.graph, case.head
     spec, tokens = directory.spec, min(context, CHUNK)
     flash = directory.flash_head is not None
     kv = kv or directory.kv
-    weights = held(spec, quant or directory.quant, graph, flash)
+    weights = held(spec, quant or directory.quant, graph, flash, head != "dense")
     attention = [layer.window for layer in spec.layers if layer.kind == "attention"]
     kv_heads = max((layer.n_kv_heads for layer in spec.layers), default=0)
     repeated = 2 if context > 2 * CHUNK else 1
@@ -129,12 +128,15 @@ def parts(
     # The output ``queries`` is gathered at the end of a pass, until when all queries stay.
     values = ACTIVATIONS * wide + len(seeing_all) * spec.n_heads * spec.head_dim
     scored = 2 * LONGEST if head == "exact" else 1 + flash
-    file = _native.GgufFile(str(directory.path / TOKENIZER))
-    tokenizer, _, kept = tokenizer_bytes(file)
+    if case.chosen:
+        scored = max(scored, VOTERS)
+    passing = ", all of it while a prompt is read" if context > case.chosen > 0 else ""
     cached = [
-        Part(f"KV cache, {attention.count(window)} {_layers(window)}", size, kv)
+        Part(f"KV cache, {attention.count(window)} {_layers(window)}", size, kv + passing * (window == 0))
         for window, size in kv_bytes(spec, kv, context).items()
     ]
+    if case.chosen:
+        cached += store_parts(case, context)
     convolutions = spec.n_layers - len(attention)
     state = 4 * spec.dim * (spec.conv_kernel - 1) * convolutions * (1 + STATES)
     later = [
@@ -142,7 +144,7 @@ def parts(
         Part("convolution state", state if convolutions else 0, f"after each of the last {STATES} passes"),
         Part("activations", round(4 * repeated * values * tokens), "buffers of a pass"),
         Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
-        Part("tokenizer", tokenizer + kept, "with the metadata it is made of"),
+        Part("tokenizer", case.tokenizer, "with the metadata it is made of"),
     ]
     rare = directory.flash_head["rare"] if directory.flash_head and head != "dense" else 0
     looked_up = 1 + rare / FLASH_ROWS

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .engines.onnx import CHUNK, bytes_of_a_step
 from .onnx_memory import BLOCK_BYTES, all_nodes, kv_bytes, slots_in_use
+from .onnx_sparse_plan import working_set_steps
 from .plan_time import OVERLAP, Step
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # token and with many, and of the float32 rate in attention.
 STEP = {"int4": 0.42, "int8": 0.42, "f16": 1.0, "f32": 1.0}
 PROMPT = {"int4": 0.30, "int8": 0.37, "f16": 2.3, "f32": 2.3}
-STEP_ATTENTION = {"f32": 0.14, "f16": 0.10}  # float16 is made float32 anew for every query head
+STEP_ATTENTION = {"f32": 0.085, "f16": 0.06}  # float16 is made float32 anew for every query head
 PROMPT_ATTENTION = 0.70
 NODE = 6e-6  # seconds of a node in a step, whatever it computes
 CHOICE = 4e-9  # seconds for each token of the vocabulary, of which a FlashHead takes the best
@@ -32,14 +33,18 @@ def decode_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
     """One token with ``length`` positions in the cache."""
     spec = case.directory.spec
     body, dense, flash = bytes_of_a_step(case.graph, case.directory)
-    read = sum(kv_bytes(spec, case.directory.kv, length).values())
-    attention = _pairs(case, length) / (STEP_ATTENTION[case.directory.kv] * rates.fp32)
+    kv, seen = case.directory.kv, min(length, case.chosen or length)
+    kept = {**kv_bytes(spec, kv, length), 0: kv_bytes(spec, kv, seen).get(0, 0)}
+    read = sum(kept.values())
+    attention = _pairs(case, length, seen) / (STEP_ATTENTION[kv] * rates.fp32)
     steps = [
         _product(case, "body", body, rates, 1),
         Step("attention", attention, read, "arithmetic"),
         _product(case, "head", dense if case.head == "dense" else flash, rates, 1),
         Step("fixed", NODE * _count(case), 0, "fixed"),
     ]
+    if case.chosen:
+        steps += working_set_steps(case, rates, length, kept[0] // seen)
     if case.head == "dense":
         return tuple(steps)
     steps.append(Step("choice", CHOICE * spec.vocab_size, 0, "arithmetic"))
@@ -53,7 +58,7 @@ def prefill_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]
     one = _product(case, "body", body, rates, tokens)
     passes = length / tokens
     # Position i attends to i positions, or to the slots of a window.
-    pairs = sum(_pairs(case, n) * tokens for n in range(tokens // 2, length, tokens))
+    pairs = sum(_pairs(case, n, n) * tokens for n in range(tokens // 2, length, tokens))
     return (
         Step("body", one.seconds * passes, round(one.bytes * passes), one.limit),
         Step("attention", pairs / (PROMPT_ATTENTION * rates.fp32), 0, "arithmetic"),
@@ -78,12 +83,13 @@ def _product(case: OnnxCase, name: str, stored: int, rates: Rates, tokens: int) 
     return Step(name, seconds, packed, "memory" if memory >= arithmetic else "arithmetic")
 
 
-def _pairs(case: OnnxCase, length: int) -> int:
-    """Multiply-adds of attention for one token after ``length``. ONNX Runtime's operator goes through all
-    slots in use, also those that lie before the window."""
+def _pairs(case: OnnxCase, length: int, seen: int) -> int:
+    """Multiply-adds of attention for one token after ``length``, of which layers that see everything have
+    ``seen`` in slots. ONNX Runtime's operator goes through all slots in use, also those that lie before the
+    window."""
     spec = case.directory.spec
     return sum(
-        2 * spec.n_heads * spec.head_dim * slots_in_use(spec, layer.window, length)
+        2 * spec.n_heads * spec.head_dim * slots_in_use(spec, layer.window, length if layer.window else seen)
         for layer in spec.layers
         if layer.kind == "attention"
     )

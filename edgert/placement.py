@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from .errors import UsageError
-from .head_classes import INDEXED
 from .locate import cache_dir
 from .tier import IN_MEMORY, Tier
 
 if TYPE_CHECKING:
     from os import PathLike
 
-    from .planner import Case
+    from .plan_time import Step
     from .rates import Rates
 
 PAGE = 16  # tokens
 UNSURE = 1 / 32  # of the memory: what a plan may be wrong by, kept free where there is a choice
+
+
+class Placeable(Protocol):
+    """What places are found for, a dataclass: a model, and the options that change what it costs. ``chosen``
+    are the past tokens that a step sees, ``slots`` the pages of keys and values in memory; 0: all."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def chosen(self) -> int: ...
+
+    @property
+    def slots(self) -> int: ...
+
+    def needed(self, context: int) -> int:
+        """Bytes at the peak of a process with one session of ``context`` tokens."""
+        ...
+
+    def fewest_pages(self, context: int) -> int:
+        """That must lie in memory where others are on the disk; 0: none can be there."""
+        ...
+
+    def decode(self, rates: Rates, length: int) -> tuple[Step, ...]:
+        """The parts of a step with ``length`` tokens in the cache."""
+        ...
+
+
+AnyCase = TypeVar("AnyCase", bound=Placeable)
 
 
 def check_memory(memory: int | None, engine: str) -> None:
@@ -32,7 +59,7 @@ def check_memory(memory: int | None, engine: str) -> None:
         raise UsageError("a limit of memory needs the native engine; drop engine='llamacpp'")
 
 
-def place(case: Case, context: int, available: int) -> Case:
+def place(case: AnyCase, context: int, available: int) -> AnyCase:
     """The case with as many pages of keys and values in memory as ``available`` bytes allow, and the others
     on the disk. The case as it is when all fit, and when not even the fewest pages do that a step needs;
     also with full attention, which reads everything at every step."""
@@ -40,14 +67,11 @@ def place(case: Case, context: int, available: int) -> Case:
         return case
     room = available - int(UNSURE * available)
 
-    def tiered(slots: int) -> Case:
+    def tiered(slots: int) -> AnyCase:
         return replace(case, slots=slots)
 
-    if case.heads.classes and not case.heads.count(INDEXED):
-        return case  # no head chooses what it reads
-    _, low = case.sizes.tier(context, case.kv, case.chosen, 1, case.heads)
-    high = -(-context // PAGE)
-    if low > high or tiered(low).needed(context) > room:
+    low, high = case.fewest_pages(context), -(-context // PAGE)
+    if not low or low > high or tiered(low).needed(context) > room:
         return case
     while low < high:
         middle = (low + high + 1) // 2
@@ -66,7 +90,7 @@ def longest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def longest_placed(case: Case, most: int, available: int) -> int:
+def longest_placed(case: Placeable, most: int, available: int) -> int:
     """The longest context of at most ``most`` tokens that fits with pages on the disk, 0 when none does."""
     return longest(most, lambda n: place(case, n, available).needed(n) <= available)
 
@@ -86,20 +110,18 @@ class Regime:
     disk_bytes: int
 
 
-def regimes(case: Case, context: int, most: int, available: int, rates: Rates) -> tuple[Regime, ...]:
+def regimes(case: Placeable, context: int, most: int, available: int, rates: Rates) -> tuple[Regime, ...]:
     """What holds at which length, up to ``most`` tokens: of a session of ``context`` tokens first, then of
     longer ones, up to the longest that is not refused. The thresholds are those of SpeContext (arXiv
     2512.00722, algorithm 2) for pages instead of layers, from sizes that are exact: nothing goes to the disk
     while it fits into the slots that the whole context leaves room for, then one page at a time."""
-    from .plan_time import decode_steps
-
     found: list[Regime] = []
 
     def add(end: int, slots: int, context: int) -> None:
         start = found[-1].end + 1 if found else 1
         if end < start:
             return
-        steps = decode_steps(replace(case, slots=slots), rates, end)
+        steps = replace(case, slots=slots).decode(rates, end)
         read = sum(step.bytes for step in steps if step.limit == "disk")
         found.append(Regime(start, end, slots, context, sum(step.seconds for step in steps), read))
 

@@ -344,6 +344,19 @@ class Case:
     def needed(self, context: int) -> int:
         return sum(part.bytes for part in self.memory(context))
 
+    def fewest_pages(self, context: int) -> int:
+        """Of keys and values in memory with which a step can choose, others being on the disk; 0 where no
+        head chooses what it reads."""
+        if self.heads.classes and not self.heads.count(INDEXED):
+            return 0
+        return self.sizes.tier(context, self.kv, self.chosen, 1, self.heads)[1]
+
+    def decode(self, rates: Rates, length: int) -> tuple[Step, ...]:
+        """The parts of a step with ``length`` tokens in the cache."""
+        from .plan_time import decode_steps
+
+        return decode_steps(self, rates, length)
+
     def max_context(self, available: int) -> int:
         """The longest context that fits ``available`` bytes, at most what the model was made for."""
         return longest(self.trained_context, lambda n: self.needed(n) <= available)
@@ -366,7 +379,7 @@ class Case:
         max_context: int,
         regimes: tuple[Regime, ...] = (),
     ) -> Plan:
-        from .plan_time import decode_steps, prefill_steps
+        from .plan_time import prefill_steps
 
         memory = self.memory(context)
         return Plan(
@@ -386,7 +399,7 @@ class Case:
             limit=limit,
             max_context=max_context,
             regimes=regimes,
-            decode=decode_steps(self, rates, context),
+            decode=self.decode(rates, context),
             prefill=prefill_steps(self, rates, context),
             remedies=self.remedies(context, available),
         )

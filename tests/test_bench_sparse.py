@@ -26,19 +26,25 @@ def row(**changes: float) -> SparseRow:
         "planned_disk": 0,
         "measured_disk": 0,
         "hidden": None,
+        "waited": 0.0,
     }
     return SparseRow(model="m.gguf", kv="f16", head="dense", context=4000, **{**values, **changes})
 
 
 def test_the_table_says_what_holds() -> None:
     on_disk = row(
-        slots=100, planned_disk=1_000_000, measured_disk=500_000, hidden=0.9, measured_bytes=50_000_000
+        slots=100,
+        planned_disk=1_000_000,
+        measured_disk=500_000,
+        hidden=0.9,
+        waited=4e-4,
+        measured_bytes=50_000_000,
     )
     text = table([row(), on_disk, row(planned_seconds=0.004)], "a machine")
     assert "within 3% + 8 MB: 2 of 3 rows" in text
     assert "off by 10.0% at the median (target 15%), 20.0% at worst" in text
     assert "| 100 of 250 | 103.0 MB | 50.0 MB | +106.0% (!) |" in text
-    assert "| +10.0% | 1.00 MB | 0.50 MB | 90% | 30.0 |" in text and "| all |" in text
+    assert "| +10.0% | 1.00 MB | 0.50 MB | 90% | 0.40 ms | 30.0 |" in text and "| all |" in text
 
 
 def test_a_limit_lies_between_the_least_and_all() -> None:

@@ -21,7 +21,7 @@ from edgert.errors import PlanError, UsageError
 from edgert.onnx_directory import QUANTS, OnnxDirectory
 from edgert.onnx_interface import ITEM_BYTES
 from edgert.onnx_memory import held, kv_bytes
-from edgert.onnx_plan import OnnxCase, check_fits, needed_bytes
+from edgert.onnx_plan import OnnxCase, fitting, needed_bytes
 from edgert.rates import rates_for
 
 MB = 1_000_000
@@ -99,14 +99,14 @@ def test_what_does_not_fit_is_refused_with_what_helps(monkeypatch: pytest.Monkey
     needed = needed_bytes(directory, 200)
     monkeypatch.setattr(onnx_plan, "memory_left", lambda threads: (needed - 1, "the test"))
     with pytest.raises(PlanError, match="the test leaves") as raised:
-        check_fits(directory, 200)
+        fitting(case_of(directory.path), 200)
     assert (raised.value.needed, raised.value.available) == (needed, needed - 1)
     assert any("--context 1" in text for text in raised.value.remedies)
     assert any("--quant int4" in text for text in raised.value.remedies)
     with pytest.raises(PlanError, match="the test leaves"):
         edgert.load(directory.path, context=200)
     monkeypatch.setattr(onnx_plan, "memory_left", lambda threads: (needed, "the test"))
-    check_fits(directory, 200)
+    fitting(case_of(directory.path), 200)
     edgert.load(directory.path, context=200).close()
 
 

@@ -17,9 +17,9 @@ from tiny_models import prompt, tiny
 
 import edgert
 from edgert.engines.onnx import OnnxEngine, OnnxSession
-from edgert.engines.onnx_sparse import ENTERING, LEAST_SLOTS, PAGE, WorkingSet, pages_in_memory
+from edgert.engines.onnx_sparse import ENTERING, LEAST_SLOTS, PAGE, WorkingSet
 from edgert.engines.onnx_sparse_session import SparseSession
-from edgert.errors import EngineError, PlanError, UsageError
+from edgert.errors import EngineError, UsageError
 from edgert.onnx_directory import OnnxDirectory
 from edgert.tier import IN_MEMORY, Tier
 
@@ -86,8 +86,8 @@ def off_its_set(session: SparseSession, found: np.ndarray, token: int) -> tuple[
     caches hold the session's pages in the order of their positions, and one with a page too few."""
     pages, length = session._set.pages, session.length - 1
     session.rewind(length)
-    session._set.whole(1)
-    everything = {name: buffer.read() for name, buffer in session._set.buffers.items()}
+    with session._everything(1):
+        everything = {name: buffer.read() for name, buffer in session._set.buffers.items()}
     reference = Run(exported("qwen3", "f32") / "model.onnx", 2000)
 
     def step(pages: list[int]) -> np.ndarray:
@@ -99,9 +99,7 @@ def off_its_set(session: SparseSession, found: np.ndarray, token: int) -> tuple[
         filled = np.array([len(slots)], np.int32)
         return np.asarray(reference([token], length, filled=filled)[0][0, 0])
 
-    off = worst(found, step(pages)), worst(found, step([*pages[:5], *pages[6:]]))
-    session._set.back()
-    return off
+    return worst(found, step(pages)), worst(found, step([*pages[:5], *pages[6:]]))
 
 
 def test_a_step_sees_the_pages_of_the_set_and_no_others() -> None:
@@ -232,7 +230,7 @@ def test_votes_are_shares_of_the_best_tokens(monkeypatch: pytest.MonkeyPatch) ->
                 expected += shares(keys[head], q, blocks)
         assert worst(made._worth, expected) < 0.02, isa
         kept = {name: buffer.read().copy() for name, buffer in made.buffers.items()}
-        made._store.read(3, made._own_slots, 5)
+        made._store.read(3, made._slots, 5)
         for name, buffer in made.buffers.items():
             rounded = kept[name][:, :, 48:64].astype(np.float16).astype(np.float32)
             np.testing.assert_array_equal(buffer.read()[:, :, 80:96], rounded)
@@ -288,22 +286,8 @@ def test_options_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(UsageError, match=word):
             edgert.load(path, **options)
-    with pytest.raises(PlanError, match="smaller context"):
-        edgert.load(path, attention="sparse", budget=LEAST_SLOTS, memory=10**6)
     with pytest.raises(EngineError, match="every"):
         edgert._native.SlotStore(tiny("gemma3").spec.as_dict(), 100, 1)
-
-
-def test_a_limit_of_memory_sends_pages_to_the_disk() -> None:
-    spec, context = engine("llama").spec, 30_000
-    row = 8 * sum(layer.n_kv_heads for layer in spec.layers) * spec.head_dim
-    slots = row * (LEAST_SLOTS + 1 + context)
-    store, least = edgert._native.slot_store_bytes(spec.as_dict(), context, 0)
-    assert pages_in_memory(spec, "f32", context, LEAST_SLOTS, 2 * (slots + store)) == 0
-    pages = pages_in_memory(spec, "f32", context, LEAST_SLOTS, (slots + store // 2) * 33 // 32)
-    assert least < pages < context // PAGE
-    sizes = [edgert._native.slot_store_bytes(spec.as_dict(), context, n)[0] for n in (pages, pages + 20)]
-    assert sizes[0] <= store // 2 < sizes[1]
 
 
 def test_generation_with_a_working_set() -> None:

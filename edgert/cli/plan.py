@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="name, path of a .gguf file, or hf:owner/repo/file.gguf"
+        "model",
+        metavar="MODEL",
+        help="name, path of a .gguf file, hf:owner/repo/file.gguf, or directory of an ONNX export",
     )
     parser.add_argument(
         "--context",
@@ -26,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--platform", metavar="NAME", help="a board, or the path of a platform file; default: this machine"
     )
     parser.add_argument(
-        "--memory", metavar="SIZE", help="what the process may take, as 4GiB or 800MB; default: what is there"
+        "--memory",
+        metavar="SIZE",
+        help="what the process may take, as 4GiB or 800MB; with sparse or exact attention keys and values "
+        "that do not fit go to the disk; default: what is there",
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
     parser.add_argument("--kv", default="f16", metavar="TYPE", help="type of the keys and values kept")

@@ -9,7 +9,8 @@ worth before where that is more, as in the native engine's tier. Between two ste
 copied.
 
 A pass over several tokens sees everything: where not all of it is in the slots, it gets caches of its own, as
-large as the sequence, which are filled from the store and dropped afterwards.
+large as the sequence, which are filled from the store and dropped afterwards. The working set's are dropped
+before, so that no more memory is taken than full attention's, and filled anew by the next step.
 
 What is in the set depends on the tokens alone, so a store on a disk gives the same ones. It keeps float16: a
 page that left and came back is rounded where the graph's caches are float32.
@@ -26,11 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgert import _native
-from edgert.download import size_text
 from edgert.engines.onnx_caches import DTYPES, Buffer
-from edgert.errors import EngineError, PlanError, UsageError
+from edgert.errors import EngineError, UsageError
 from edgert.models import LayerSpec, ModelSpec
-from edgert.placement import UNSURE
 from edgert.tier import IN_MEMORY, Tier
 
 PAGE = 16  # tokens
@@ -59,40 +58,13 @@ def check_slots(slots: int) -> None:
         )
 
 
-def pages_in_memory(spec: ModelSpec, kv: str, context: int, slots: int, left: int) -> int:
-    """Pages of the store that lie in memory in a session of ``context`` positions, 0: all of them, where that
-    may take ``left`` bytes and the graph's caches are ``kv``. Reading a prompt of that length takes as many
-    slots for a while. Raises PlanError where too few would be left."""
-    layers = _layers(spec)
-    taken = _row_bytes(spec, kv) * (slots + 1 + context)
-    room = left - int(UNSURE * left) - taken
-
-    def needed(pages: int) -> int:
-        return _native.slot_store_bytes(layers.as_dict(), context, pages)[0]
-
-    if needed(0) <= room:
-        return 0
-    low, high = _native.slot_store_bytes(layers.as_dict(), context, 0)[1], _pages(context)
-    if low > high or needed(low) > room:
-        short = taken + min(needed(low), needed(0)) - (left - int(UNSURE * left))
-        raise PlanError(
-            f"keys and values of {context} tokens need {size_text(short)} more memory: {size_text(taken)} of "
-            "slots while a prompt of that length is read, and the fewest pages of the store: allow more "
-            "memory or choose a smaller context"
-        )
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if needed(middle) <= room else (low, middle - 1)
-    return low
-
-
 def _row_bytes(spec: ModelSpec, kv: str) -> int:
     """Of a slot of all caches together."""
     heads = sum(spec.layers[i].n_kv_heads for i in full_layers(spec))
     return 2 * np.dtype(DTYPES[kv]).itemsize * heads * spec.head_dim
 
 
-def _layers(spec: ModelSpec) -> ModelSpec:
+def seeing_all(spec: ModelSpec) -> ModelSpec:
     """With those layers alone that see everything."""
     return replace(spec, layers=tuple(spec.layers[i] for i in full_layers(spec)))
 
@@ -118,24 +90,28 @@ class WorkingSet:
         check_slots(slots)
         self._runtime, self._spec, self._kv, self._layers = runtime, spec, kv, full_layers(spec)
         self._places, self.spare = slots // PAGE, slots
-        self._store = _native.SlotStore(_layers(spec).as_dict(), context, threads, *tier)
-        self._own, self._own_slots = self._caches(slots + 1)
-        self.buffers, self._slots = self._own, self._own_slots
-        self._pages: list[int] = []  # of the own caches, by place; _NONE: nothing of use
+        self._store = _native.SlotStore(seeing_all(spec).as_dict(), context, threads, *tier)
         self._worth = np.zeros(0, np.float32)
-        self._fresh = False  # a prompt has been read: any number of pages may enter
         self.copied_pages = 0  # from the store into slots
+        self.buffers: dict[str, Buffer] = {}
+        self._slots: Any = None  # _native.Slots of these buffers
+        self._make(slots + 1)
 
-    def _caches(self, slots: int) -> tuple[dict[str, Buffer], _native.Slots]:
+    def _make(self, slots: int) -> None:
+        """Empty caches of ``slots`` slots in place of those that there are, whose memory goes first."""
         spec = self._spec
+        self.buffers, self._slots = {}, None
+        self._larger = slots > self.spare + 1
+        self._pages: list[int] = []  # by place; _NONE: nothing of use
+        self._fresh = True  # any number of pages may enter
 
         def cache(layer: LayerSpec) -> Buffer:
             shape = 1, layer.n_kv_heads, slots, spec.head_dim
             return Buffer(self._runtime, shape, "cpu", self._kv)
 
-        buffers = {f"{c}.{i}": cache(spec.layers[i]) for c in "kv" for i in self._layers}
-        keys, values = ([buffers[f"{c}.{i}"].read() for i in self._layers] for c in "kv")
-        return buffers, _native.Slots(self._store, keys, values)
+        self.buffers = {f"{c}.{i}": cache(spec.layers[i]) for c in "kv" for i in self._layers}
+        keys, values = ([self.buffers[f"{c}.{i}"].read() for i in self._layers] for c in "kv")
+        self._slots = _native.Slots(self._store, keys, values)
 
     @property
     def length(self) -> int:
@@ -195,17 +171,19 @@ class WorkingSet:
                 self._arrange(list(range(pages)), pages - 1)
             self._pages = list(range(_pages(length + n)))
             return length
-        # An open page goes on there: what the working set has of it will not be all.
-        self._pages = [page if page < length // PAGE else _NONE for page in self._pages]
-        buffers, slots = self._caches(PAGE * _pages(length + n))
-        for page in range(pages):
-            self._store.read(page, slots, page)
-        self.buffers, self._slots = buffers, slots
+        try:
+            self._make(PAGE * _pages(length + n))
+            for page in range(pages):
+                self._store.read(page, self._slots, page)
+        except BaseException:
+            self.back()
+            raise
         return length
 
     def back(self) -> None:
         """``buffers`` are those of the working set again."""
-        self.buffers, self._slots = self._own, self._own_slots
+        if self._larger:
+            self._make(self.spare + 1)
 
     def parts(self, length: int) -> Iterator[tuple[Buffer, tuple[int, ...]]]:
         """What of the buffers :meth:`save` does not have: nothing."""
@@ -213,8 +191,7 @@ class WorkingSet:
 
     def clear(self) -> None:
         """Forget everything; there is no next token."""
-        self._own.clear()
-        self.buffers = self._own
+        self.buffers.clear()
 
     def append(self, first: int, n: int, queries: Array) -> None:
         """The tokens in the ``n`` slots from ``first`` on are the next ones of the sequence. ``queries``: the
@@ -310,7 +287,7 @@ class WorkingSet:
             if pages[place] in keep:
                 hole = holes.pop()
                 pages[hole] = _NONE
-                self._store.move(self._own_slots, place, hole)
+                self._store.move(self._slots, place, hole)
                 pages[hole], pages[place] = pages[place], _NONE
         missing = keep.difference(pages)
         for page in sorted(missing):
@@ -324,7 +301,7 @@ class WorkingSet:
 
     def _read(self, page: int, place: int) -> None:
         self._pages[place] = _NONE
-        self._store.read(page, self._own_slots, place)
+        self._store.read(page, self._slots, place)
         self._pages[place] = page
         self.copied_pages += 1
 

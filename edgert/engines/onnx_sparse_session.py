@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgert.engines.base import Logits
 from edgert.engines.onnx import OnnxSession
 from edgert.engines.onnx_caches import Caches
-from edgert.engines.onnx_pass import Outputs, Pass
+from edgert.engines.onnx_pass import Outputs
 from edgert.engines.onnx_sparse import VOTERS, WorkingSet
 from edgert.errors import EngineError
 
@@ -99,14 +99,15 @@ class SparseSession(OnnxSession):
     @contextmanager
     def _everything(self, n: int) -> Iterator[None]:
         """Passes within see all positions and append ``n``."""
+        self._steps.clear()  # bound to the slots of the working set, whose memory may go
         self._set.whole(n)
-        # Passes of single steps are bound to the working set's slots.
-        steps, self._steps, self._reading = self._steps, dict[bool, Pass](), True
+        self._reading = True
         try:
             yield
         finally:
+            self._steps.clear()
             self._set.back()
-            self._steps, self._reading = steps, False
+            self._reading = False
 
     def _pass(
         self,
