@@ -14,7 +14,7 @@ from .errors import UsageError
 from .memory_left import resident_bytes
 from .model import Model
 from .onnx_directory import OnnxDirectory
-from .onnx_plan import check_fits, choose_head
+from .onnx_plan import check_fits, check_has, choose_head
 from .onnx_preflight import preflight
 from .placement import check_memory, make_tier
 from .planner import check_context
@@ -58,10 +58,11 @@ def load_export(
     slots = _slots(path, provider, others)
     refuse_options(path, {name: given for name, given in others.items() if not slots or name not in _SPARSE})
     directory = OnnxDirectory.open(path)
-    head = choose_head(directory, head)
+    check_has(directory, head)
     check_context(context, directory.spec.context_length)
     context = context or directory.context
     graph = preflight(directory).graph
+    head = choose_head(directory, graph, head, threads, provider)
     if provider == "cpu":  # nobody has measured what another takes
         check_fits(directory, context, threads, head, graph)
     loaded = OnnxEngine(directory, provider, threads, slots, graph=graph)
