@@ -20,8 +20,11 @@ demo: $(DONE)/edgert
 	@$(BIN)/edgert pull smollm2-135m
 	$(BIN)/edgert run smollm2-135m "Why is the sky blue?"
 
+# Two files at a time, in the order of their names: test_packaging, few tests that take long, must not come
+# last. Then what measures, alone.
 test: lint models
-	$(BIN)/python -m pytest -m "not slow and not arm"
+	$(BIN)/python -m pytest -m "not slow and not arm and not alone" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "alone and not slow and not arm"
 
 test-slow: models
 	$(BIN)/python -m pytest -m slow

@@ -57,7 +57,7 @@ def load(
     ``kv``: type of the cached keys and values, "f16" or "q8" (int8, half the memory). ``head``: "dense";
     "flash", which scores the likely clusters of the vocabulary alone; "exact", which drafts with those and
     gives the dense head's tokens; or "auto", flash where the model has a sidecar (``edgert export``), else
-    dense.
+    dense; of an ONNX export flash where the plan expects it to be faster.
     ``probes``: clusters that flash scores (0: the sidecar's number). ``attention``: "full", or "sparse", in
     which a decode step reads ``budget`` past tokens for each KV head (0: the default), those that a small
     index finds worth it, beside the first and the latest ones; prompts are read in full; or "exact", which

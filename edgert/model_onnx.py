@@ -13,7 +13,7 @@ from .engines.onnx_sparse import check_slots
 from .errors import UsageError
 from .model import Model
 from .onnx_directory import OnnxDirectory
-from .onnx_plan import OnnxCase, choose_head, fitting
+from .onnx_plan import OnnxCase, check_has, choose_head, fitting
 from .onnx_preflight import preflight
 from .placement import check_memory, make_tier
 from .planner import check_context
@@ -54,10 +54,11 @@ def load_export(
     refuse_options(path, {name: given for name, given in others.items() if not slots or name not in _SPARSE})
     check_memory(others["memory"], "onnx")
     directory = OnnxDirectory.open(path)
-    head = choose_head(directory, head)
+    check_has(directory, head)
     check_context(context, directory.spec.context_length)
     context = context or directory.context
     graph = preflight(directory).graph
+    head = choose_head(directory, graph, head, threads, provider)
     pages = 0
     if provider == "cpu":  # nobody has measured what another takes
         case = OnnxCase.read(directory, threads, head, graph, slots)

@@ -124,9 +124,6 @@ def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[
     kv_heads = max((layer.n_kv_heads for layer in spec.layers), default=0)
     repeated = 2 if context > 2 * CHUNK else 1
     wide = 4 * spec.ffn_dim + 2 * spec.dim + (spec.n_heads + 2 * kv_heads) * spec.head_dim
-    seeing_all = [layer for layer in spec.layers if layer.kind == "attention" and not layer.window]
-    # The output ``queries`` is gathered at the end of a pass, until when all queries stay.
-    values = ACTIVATIONS * wide + len(seeing_all) * spec.n_heads * spec.head_dim
     scored = 2 * LONGEST if head == "exact" else 1 + flash
     if case.chosen:
         scored = max(scored, VOTERS)
@@ -142,7 +139,7 @@ def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[
     later = [
         *cached,
         Part("convolution state", state if convolutions else 0, f"after each of the last {STATES} passes"),
-        Part("activations", round(4 * repeated * values * tokens), "buffers of a pass"),
+        Part("activations", round(4 * repeated * ACTIVATIONS * wide * tokens), "buffers of a pass"),
         Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
         Part("tokenizer", case.tokenizer, "with the metadata it is made of"),
     ]

@@ -19,7 +19,7 @@ from .onnx_directory import QUANTS, TOKENIZER, OnnxDirectory
 from .onnx_memory import parts
 from .onnx_preflight import check_graph
 from .onnx_sparse_plan import fewest_pages
-from .onnx_time import decode_steps, prefill_steps
+from .onnx_time import decode_steps, faster_head, prefill_steps
 from .placement import longest, longest_placed, place, regimes
 from .planner import Part, Plan, Remedy, check_context, ranked
 from .tokenizer_memory import tokenizer_bytes
@@ -31,16 +31,33 @@ if TYPE_CHECKING:
     from .rates import Rates
 
 
-def choose_head(directory: OnnxDirectory, head: str) -> str:
-    """``head``, with "auto" decided. Raises UsageError for one that the export has not."""
-    if head == "auto":
-        return "flash" if directory.flash_head else "dense"
-    if head != "dense" and not directory.flash_head:
+def check_has(directory: OnnxDirectory, head: str) -> None:
+    """Raises UsageError for a head that the export has not."""
+    if head not in ("auto", "dense") and not directory.flash_head:
         raise UsageError(
             f"{directory.path} has no FlashHead, which head={head!r} needs: export the model again with "
             "--flash-head, or use head='dense'"
         )
-    return head
+
+
+def choose_head(
+    directory: OnnxDirectory,
+    graph: Graph,
+    head: str,
+    threads: int = 0,
+    provider: str = "cpu",
+    rates: Rates | None = None,
+) -> str:
+    """``head``, with "auto" decided: the head whose steps are expected to be shorter at ``rates`` (None: of
+    this machine). Of other providers than the CPU nothing was measured: a FlashHead that somebody had
+    exported is used there."""
+    from .rates import rates_for
+
+    if head != "auto" or not directory.flash_head:
+        return "dense" if head == "auto" else head
+    if provider != "cpu":
+        return "flash"
+    return faster_head(directory, graph, rates or rates_for(None, threads))
 
 
 @dataclass(frozen=True)
@@ -63,10 +80,11 @@ class OnnxCase:
         head: str = "auto",
         graph: Graph | None = None,
         chosen: int = 0,
+        rates: Rates | None = None,
     ) -> OnnxCase:
-        """``graph``: as pre-flight found it; None: it is read now. Raises ModelFileError and
-        UnsupportedModelError for one that is not edgert's, UsageError for a head that it has not, and for
-        sparse attention where no layer sees everything."""
+        """``graph``: as pre-flight found it; None: it is read now. ``rates``: see :func:`choose_head`. Raises
+        ModelFileError and UnsupportedModelError for one that is not edgert's, UsageError for a head that it
+        has not, and for sparse attention where no layer sees everything."""
         from .platforms.detect import detect_threads
 
         if chosen and not full_layers(directory.spec):
@@ -74,10 +92,12 @@ class OnnxCase:
                 f"all layers of {directory.path} have a window, so that there is nothing to choose: drop "
                 "attention='sparse'"
             )
-        head = choose_head(directory, head)
+        check_has(directory, head)
         graph = graph or check_graph(directory).graph
+        threads = threads or detect_threads()
+        head = choose_head(directory, graph, head, threads, rates=rates)
         tokenizer, _, kept = tokenizer_bytes(_native.GgufFile(str(directory.path / TOKENIZER)))
-        return cls(directory, graph, threads or detect_threads(), head, tokenizer + kept, chosen)
+        return cls(directory, graph, threads, head, tokenizer + kept, chosen)
 
     def memory(self, context: int, quant: str = "", kv: str = "") -> tuple[Part, ...]:
         """The terms of the peak with one session of ``context`` tokens, as the export is or would be in
@@ -184,7 +204,7 @@ def plan_export(
     directory = OnnxDirectory.open(path)
     check_context(context, directory.spec.context_length)
     rates = rates_for(platform, threads)
-    case = OnnxCase.read(directory, rates.threads, head, chosen=chosen)
+    case = OnnxCase.read(directory, rates.threads, head, chosen=chosen, rates=rates)
     if memory is not None:
         available, limit = memory, "the limit asked for (--memory)"
     elif platform is not None:

@@ -8,11 +8,22 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgert.models.catalogue import find
 
 from edgert import hub
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist share the processors out: threads that meet thousands of times in a test would
+    wait at each meeting for another worker to leave a processor."""
+    worker: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if worker is not None:
+        processors = sorted(os.sched_getaffinity(0))
+        own = processors[int(worker["workerid"].removeprefix("gw")) :: worker["workercount"]]
+        os.sched_setaffinity(0, own or processors)
 
 
 def real_model(name: str) -> Path:

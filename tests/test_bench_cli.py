@@ -30,6 +30,7 @@ from edgert.errors import EngineError, UsageError
 from edgert.locate import sidecar_path
 
 pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.alone
 
 REPETITIONS = 4
 LABELS = [

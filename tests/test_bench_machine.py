@@ -166,6 +166,7 @@ def test_the_hash_of_a_model_is_kept_until_it_changes(
     assert context.model_sha256(model) == real(model)
 
 
+@pytest.mark.alone
 def test_work_of_workers_is_not_the_work_of_others() -> None:
     code = "import sys, time\nprint(flush=True)\nt = time.time()\nwhile time.time() < t + 0.6: pass\n"
     code += "sys.stdin.read()"

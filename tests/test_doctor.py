@@ -241,6 +241,7 @@ def test_unknown_machine(tmp_path: Path) -> None:
     doctor._print(facts)
 
 
+@pytest.mark.alone
 def test_command(tmp_path: Path) -> None:
     began = time.monotonic()
     done = edgert("doctor", "--json", EDGERT_CACHE=str(tmp_path))
@@ -260,6 +261,7 @@ def test_command(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["machine.json"] * stored
 
 
+@pytest.mark.alone
 def test_command_with_the_portable_kernels(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("not a directory")
     done = edgert("doctor", EDGERT_CACHE=str(tmp_path / "cache"), EDGERT_ISA="scalar")

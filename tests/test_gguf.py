@@ -25,6 +25,7 @@ from gguf_files import (
     build,
     seeds,
 )
+from gguf_reader import Reader
 
 from edgert._native import GgufFile
 from edgert.errors import EngineError, ModelFileError
@@ -282,7 +283,7 @@ def test_name_of_a_part_alone_is_no_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
 def test_real_model(name: str, real_model: Callable[[str], Path]) -> None:
     path = real_model(name)
-    file, theirs = GgufFile(path), gguf.GGUFReader(path)
+    file, theirs = GgufFile(path), Reader(path)
     for key, entry in theirs.fields.items():
         if not key.startswith("GGUF."):
             assert file.metadata[key] == entry.contents(), key
@@ -300,6 +301,7 @@ def test_real_model(name: str, real_model: Callable[[str], Path]) -> None:
     assert len(decoded) >= 2
 
 
+@pytest.mark.alone
 def test_large_vocabulary_is_read_fast(real_model: Callable[[str], Path]) -> None:
     """262,144 tokens with scores and types. CPU time, so that a busy machine does not matter."""
     path = real_model("gemma-3-270m")

@@ -15,15 +15,17 @@ from onnx_directories import exported
 from tiny_models import prompt, tiny
 
 import edgert
+from edgert import onnx_time
 from edgert.engines import onnx_providers
 from edgert.engines.onnx_providers import load_graph, load_runtime
 from edgert.errors import EngineError, ModelFileError, PlanError, UsageError
+from edgert.plan_time import Step
 
 
 def test_a_directory_is_run_by_the_onnx_engine() -> None:
     path = exported("llama", "int4", "lowrank")
     for engine in ("auto", "onnx"):
-        model = edgert.load(path, engine=engine, threads=1)
+        model = edgert.load(path, engine=engine, threads=1, head="flash")
         assert (model.engine.name, model.head, model.kv) == ("onnx", "flash", "f32")
         assert (model.context, model.trained_context) == (256, 256)
     assert model.head_note() == (
@@ -34,6 +36,15 @@ def test_a_directory_is_run_by_the_onnx_engine() -> None:
     assert described["nodes"].keys() == {"CPUExecutionProvider"}
     assert edgert.load(exported("llama"), threads=1).head == "dense"
     assert edgert.load(path, context=100).context == 100
+
+
+def test_auto_is_the_head_that_is_expected_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = exported("llama", "int4", "lowrank")
+    told = json.loads(command("info", path, "--json").stdout)["head"]
+    assert told == edgert.load(path).head == edgert.plan(path).head == "dense", "of 301 tokens all are few"
+    monkeypatch.setattr(onnx_time, "head_steps", lambda *case: [Step("head", case[2] == "dense", 0, "fixed")])
+    assert edgert.load(path).head == edgert.plan(path).head == "flash"
+    assert edgert.load(exported("llama")).head == edgert.plan(exported("llama")).head == "dense"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +148,7 @@ class FakeRuntime:
     """onnxruntime with a GPU: ``nodes`` are (provider, operator), ``started`` the providers of a session."""
 
     __version__ = "9.9"
+    ExecutionOrder = SimpleNamespace(PRIORITY_BASED=1)
 
     def __init__(self, nodes: list[tuple[str, str]], started: list[str]) -> None:
         self.nodes, self.started, self.asked = nodes, started, []
@@ -162,6 +174,26 @@ class FakeRuntime:
 
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+def test_queries_are_gathered_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not at the end, until when those of all tokens and layers would stay in memory."""
+    runtime = load_runtime("cpu")
+
+    def profiled() -> Any:
+        options = ordinary()
+        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "run")
+        return options
+
+    ordinary = runtime.SessionOptions
+    monkeypatch.setattr(runtime, "SessionOptions", profiled)
+    with edgert.load(exported("llama"), threads=1) as model:
+        model.generate(prompt(tiny("llama"), 20), max_tokens=1)
+        events = json.loads(Path(model.engine.loaded.session.end_profiling()).read_text())
+    ran = [event["name"] for event in events if event["name"].endswith("_kernel_time")]
+    gathered = [ran.index(f"queries.{i}_kernel_time") for i in range(3)]
+    attended = [i for i, name in enumerate(ran) if name.startswith("GroupQueryAttention")][:3]
+    assert gathered[0] < attended[1] < attended[2] and gathered[1] < attended[2]
 
 
 def test_nodes_are_counted_by_what_they_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,8 +246,7 @@ def test_run_on_the_command_line() -> None:
         found = json.loads(done.stdout)
         assert found["tokens"] == expected
         assert found["stats"]["engine"]["provider"] == "cpu" and found["stats"]["bytes_per_token"] > 0
-    done = command(*words[:-1])  # and as text
-    assert "onnx cpu, 1 threads" in done.stderr and "flash head in the graph" in done.stderr
+    assert "onnx cpu, 1 threads" in command(*words[:-1]).stderr  # and as text
     done = command(*words, "--provider", "cuda")
     assert done.returncode == 1 and "pip install 'edgert[onnx-gpu]'" in done.stderr
     assert command(*words, "--engine", "native").returncode == 2

@@ -120,7 +120,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = command("plan", path, "--context", 100, "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
-    assert (plan["kv"], plan["head"], plan["context"]) == ("f32", "flash", 100)
+    assert (plan["kv"], plan["head"], plan["context"]) == ("f32", "dense", 100)
     assert plan["needed"] == needed_bytes(OnnxDirectory.open(path), 100)
     refused = command("plan", path, "--memory", "60MB", "--head", "dense")
     assert refused.returncode == 1
@@ -151,15 +151,17 @@ def test_info() -> None:
     shown = command("info", path)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "lowrank, scores 23 tokens, 50.00% of the dense head's tokens" in shown.stdout
+    assert facts["head"] == "dense" and "FlashHead is not expected to be faster" in shown.stdout
     assert "FlashHead" not in command("info", exported("lfm2")).stdout
 
 
 _CHILD = """
 import sys
 import edgert
-with edgert.load(sys.argv[1], context=300, threads=1, head="dense") as model:
+context = int(sys.argv[2])
+with edgert.load(sys.argv[1], context=context, threads=1, head="dense") as model:
     with model.session() as session:
-        print(session.generate(list(range(1000, 1252)), max_tokens=48).stats.peak_memory)
+        print(session.generate(list(range(1000, 952 + context)), max_tokens=48).stats.peak_memory)
 """
 
 
@@ -169,7 +171,20 @@ def test_the_peak_is_what_the_plan_says(name: str, tmp_path: Path) -> None:
     target = tmp_path / "out"
     done = command("export", real_model(name), "--format", "onnx", "-o", target)
     assert done.returncode == 0, done.stderr
-    run = subprocess.run([sys.executable, "-c", _CHILD, target], capture_output=True, text=True, check=True)
-    peak = int(run.stdout)
-    planned = needed_bytes(OnnxDirectory.open(target), 300, 1, "dense")
-    assert abs(planned - peak) <= 0.03 * peak + 8 * MB
+    for context in (300, 2000):
+        words = [sys.executable, "-c", _CHILD, target, str(context)]
+        peak = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        planned = needed_bytes(OnnxDirectory.open(target), context, 1, "dense")
+        assert abs(planned - peak) <= 0.03 * peak + 8 * MB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "faster"), [("smollm2-135m", "dense"), ("gemma-3-270m", "flash")])
+def test_the_faster_head_of_real_models(name: str, faster: str, tmp_path: Path) -> None:
+    """As the bench measured it where rates are nearly these (bench/results/amd-epyc-2-cores-onnx.md)."""
+    model = tmp_path / "model.gguf"
+    model.symlink_to(real_model(name))
+    target = tmp_path / "out"
+    done = command("export", model, "--format", "onnx", "--flash-head", "-o", target, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert edgert.plan(target, platform="x86-laptop-ddr4", threads=2).head == faster

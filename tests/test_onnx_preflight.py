@@ -385,6 +385,7 @@ def test_any_bytes_are_refused(data: bytes) -> None:
         read_model(data)
 
 
+@pytest.mark.alone
 def test_long_files_take_no_time() -> None:
     began = time.process_time()
     many = bytes((0x08, 1)) * (onnx_wire.MOST_FIELDS + 10)  # dims of one tensor

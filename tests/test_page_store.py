@@ -116,6 +116,7 @@ def test_wanted_pages_arrive_without_being_needed(tmp_path: Path) -> None:
     assert before["read_seconds"] > 0
 
 
+@pytest.mark.alone
 def test_a_slow_disk_delays_and_changes_nothing(tmp_path: Path) -> None:
     s = store(tmp_path, slots=6, read_delay_us=100_000)
     chosen = spill(s, 20)[:5]

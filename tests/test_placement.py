@@ -104,7 +104,7 @@ def test_what_cannot_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="--memory"):
         edgert.load(path, attention="sparse", memory=100 << 20, page_directory=tmp_path)
     with pytest.raises(PlanError, match="needs 39"):
-        edgert.load(path, attention="sparse", memory=190 << 20, context=8192)
+        edgert.load(path, attention="sparse", memory=190 << 20, context=8192, threads=2)
     assert not any(tmp_path.iterdir())
 
 

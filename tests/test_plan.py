@@ -237,6 +237,7 @@ def test_a_plan_touches_no_weight(tmp_path: Path) -> None:
     assert hollow.stat().st_blocks * 512 < first + MB
 
 
+@pytest.mark.alone
 def test_a_plan_is_made_in_well_under_a_second() -> None:
     import time
 

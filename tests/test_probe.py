@@ -14,6 +14,8 @@ import pytest
 from edgert import _native
 from edgert.errors import EngineError
 
+pytestmark = pytest.mark.alone
+
 
 def flags() -> set[str]:
     for line in Path("/proc/cpuinfo").read_text().splitlines():

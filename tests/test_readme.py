@@ -23,14 +23,41 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+# What takes minutes with a real model; what is typed is the same with a tiny one in its place.
+HEAVY = ("export", "eval", "bench")
+# test_packaging types it in an environment of its own.
+ELSEWHERE = ("doctor",)
+
+
+def cache_with(model: Path, directory: Path) -> dict[str, str]:
+    """The environment with a cache that has ``model`` under the name of the README's, and with this
+    interpreter's commands first in PATH."""
+    (directory / "models").mkdir(parents=True)
+    (directory / "models" / real_model("smollm2-135m").name).symlink_to(model)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "EDGERT_CACHE": str(directory), "PATH": path}
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """A cache with the README's model in it, and this interpreter's commands first in PATH."""
-    model = real_model("smollm2-135m")
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / model.name).symlink_to(model)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "EDGERT_CACHE": str(tmp_path), "PATH": path}
+    return cache_with(real_model("smollm2-135m"), tmp_path / "cache")
+
+
+@pytest.fixture
+def tiny_environment(tmp_path: Path) -> dict[str, str]:
+    from tiny_models import tiny  # torch is slow to import
+
+    return cache_with(tiny("llama", "Q4_0").path, tmp_path / "tiny")
+
+
+def command_lines() -> list[str]:
+    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("edgert ")]
+    assert {verb(line) for line in lines} >= {"run", "chat", "pull", "info", *HEAVY, *ELSEWHERE}
+    return lines
+
+
+def verb(line: str) -> str:
+    return line.split()[1]
 
 
 def run(command: list[str], cwd: Path, environment: dict[str, str]) -> str:
@@ -46,10 +73,19 @@ def test_python_example_runs(environment: dict[str, str], tmp_path: Path) -> Non
     assert (tmp_path / "colour.session").stat().st_size > 0
 
 
-def test_command_line_examples_run(environment: dict[str, str], tmp_path: Path) -> None:
-    lines = [line for block in blocks("console") for line in block.splitlines() if line.startswith("edgert ")]
-    assert {line.split()[1] for line in lines} >= {"run", "chat", "pull", "info", "doctor"}
-    for line in lines:
+@pytest.mark.alone
+def test_command_line_examples_run(
+    environment: dict[str, str], tiny_environment: dict[str, str], tmp_path: Path
+) -> None:
+    for line in command_lines():
+        if verb(line) not in ELSEWHERE:
+            used = tiny_environment if verb(line) in HEAVY else environment
+            assert run(shlex.split(line, comments=True), tmp_path, used).strip(), line
+
+
+@pytest.mark.slow
+def test_command_line_examples_run_on_the_real_model(environment: dict[str, str], tmp_path: Path) -> None:
+    for line in command_lines():
         assert run(shlex.split(line, comments=True), tmp_path, environment).strip(), line
 
 

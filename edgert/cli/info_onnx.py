@@ -17,6 +17,7 @@ def describe(path: Path) -> dict[str, Any]:
     from edgert.engines.onnx import bytes_of_a_step
     from edgert.onnx_directory import OnnxDirectory
     from edgert.onnx_memory import kv_bytes
+    from edgert.onnx_plan import choose_head
     from edgert.onnx_preflight import check_graph
 
     directory = OnnxDirectory.open(path)
@@ -34,6 +35,7 @@ def describe(path: Path) -> dict[str, Any]:
         "kv": directory.kv,
         "operators": dict(Counter(_operators(graph)).most_common()),
         "flash_head": directory.flash_head,
+        "head": choose_head(directory, graph, "auto"),
         "bytes_per_token": body + dense,
         "flash_bytes_per_token": body + flash if directory.flash_head else None,
         "context": directory.context,
@@ -74,6 +76,8 @@ def show(facts: dict[str, Any]) -> None:
         agreement = head["quality"].get("agreement")
         told = f"{agreement:.2%} of the dense head's tokens" if isinstance(agreement, float) else ""
         row("FlashHead", head["recipe"], f"scores {head['tokens']} tokens", told)
+        slower = "" if facts["head"] == "flash" else "; the FlashHead is not expected to be faster here"
+        row("head", f"{facts['head']} (what --head auto takes on this machine's CPU{slower})")
     flash = facts["flash_bytes_per_token"]
     with_flash = f"{size_text(flash)} with the FlashHead" if flash else ""
     row("a token reads", size_text(facts["bytes_per_token"]), with_flash, "keys and values come on top")

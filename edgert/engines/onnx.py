@@ -149,14 +149,11 @@ def bytes_of_a_step(graph: Graph, directory: OnnxDirectory) -> tuple[int, int, i
     """Bytes of weights that a step reads for the layers, for the dense head, and for the FlashHead (0: there
     is none). Of tables that rows or clusters are taken of it is these, and nothing of tables of ids."""
     spec, sizes = directory.spec, dict[tuple[str, str], int]()
-    clusters = 0
     for tensor in graph.initializers:
         if tensor.external:  # under several names where operators want several shapes
             # float16 is made float32 when it is loaded.
             size = int(tensor.external["length"]) * (2 if tensor.dtype == _FLOAT16 else 1)
             sizes[tensor.name.partition(".weight")[0], tensor.external["offset"]] = size
-            if tensor.name == "flash.rows":
-                clusters = tensor.dims[0]
     table, head = "token_embd", "token_embd" if spec.tied_head else "output"
 
     def total(chosen: Callable[[str], bool]) -> int:
@@ -168,9 +165,17 @@ def bytes_of_a_step(graph: Graph, directory: OnnxDirectory) -> tuple[int, int, i
     if found := directory.flash_head:
         flash = total(lambda name: name.startswith("head.") or name == "flash.common")
         flash += dense * found["rare"] // spec.vocab_size
-        if clusters:
-            flash += total(lambda name: name == "flash.rows") * found["clusters"] // clusters
+        flash += chosen_row_bytes(graph, directory)
     return layers, dense, flash
+
+
+def chosen_row_bytes(graph: Graph, directory: OnnxDirectory) -> int:
+    """Bytes of the low-rank rows of the clusters that a FlashHead chooses in a step; 0 without such rows."""
+    for tensor in graph.initializers:
+        if tensor.name == "flash.rows" and tensor.external and directory.flash_head:
+            clusters: int = directory.flash_head["clusters"]
+            return int(tensor.external["length"]) * clusters // tensor.dims[0]
+    return 0
 
 
 def _row(rows: Logits) -> Logits:

@@ -143,6 +143,9 @@ def load_graph(
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
+    # That of the file. By default what leads to an output alone runs last, and until then the queries of all
+    # layers of a prompt would stay in memory.
+    options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if rest:
         options.add_session_config_entry("session.force_spinning_stop", "1")

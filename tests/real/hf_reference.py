@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf_reader import Reader
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 NAMES = {
@@ -34,7 +35,7 @@ class Reference:
     """``hidden`` is small and worth keeping; ``logits`` makes [rows, vocab] from some of its rows."""
 
     def __init__(self, path: Path) -> None:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         self.meta: dict[str, Any] = {
             k: f.contents() for k, f in reader.fields.items() if not k.startswith("tokenizer.ggml.tok")
         }

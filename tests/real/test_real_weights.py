@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from edgert.engines import open_engine
 Report = Callable[..., None]
 
 # Everything is computed by the first test that asks; a busy machine may need long for it.
-pytestmark = pytest.mark.timeout(3600)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(3600)]
 
 # Two tokens are a tie when float32 separates them by less than this many standard deviations of
 # llama.cpp's own error on such gaps; 3,264 positions a model are looked at.
@@ -73,17 +74,18 @@ def test_perplexity_is_transformers(judge: Judge, report: Report) -> None:
 def test_chunked_prefill_is_token_by_token_decode(judge: Judge) -> None:
     """Bitwise, across the boundaries of chunks, pages and Gemma's window of 512."""
     tokens = judge.essay[:600]
-    single = judge.native.session(len(tokens))
-    expected = np.stack([single.step(token).copy() for token in tokens])
-    for sizes in ((600,), (1, 7, 64, 528), (300, 300)):
-        session, at = judge.native.session(len(tokens)), 0
-        for size in sizes:
-            got = session.score(tokens[at : at + size])
-            np.testing.assert_array_equal(got, expected[at : at + size])
-            at += size
-        session.close()
-    session = judge.native.session(len(tokens))
-    np.testing.assert_array_equal(session.prefill(tokens), expected[-1])
+    with closing(open_engine(judge.path, "native", threads=2)) as engine:
+        single = engine.session(len(tokens))
+        expected = np.stack([single.step(token).copy() for token in tokens]).view(np.uint32)
+        for sizes in ((600,), (1, 7, 64, 528), (300, 300)):
+            session, at = engine.session(len(tokens)), 0
+            for size in sizes:
+                got = session.score(tokens[at : at + size]).view(np.uint32)
+                assert np.array_equal(got, expected[at : at + size]), f"from {at} on, {size} at once"
+                at += size
+            session.close()
+        last = engine.session(len(tokens)).prefill(tokens).view(np.uint32)
+        assert np.array_equal(last, expected[-1])
 
 
 def test_any_number_of_threads_gives_the_same_logits(judge: Judge) -> None:
