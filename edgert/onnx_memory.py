@@ -140,6 +140,7 @@ def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[
         *cached,
         Part("convolution state", state if convolutions else 0, f"after each of the last {STATES} passes"),
         Part("activations", round(4 * repeated * ACTIVATIONS * wide * tokens), "buffers of a pass"),
+        Part("attention scores", repeated * scores_bytes(spec, kv, context), "of a pass, for every slot"),
         Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
         Part("tokenizer", case.tokenizer, "with the metadata it is made of"),
     ]
@@ -158,6 +159,17 @@ def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[
         Part("Python", PYTHON_BYTES, "and its libraries"),
     ]
     return tuple(part for part in found if part.bytes)
+
+
+def scores_bytes(spec: ModelSpec, kv: str, context: int) -> int:
+    """Scores of the layer with the most slots for all tokens of a pass and all heads: the kernel for float32
+    goes through keys piece by piece, that for float16 has them all at once."""
+    from .engines.onnx import CHUNK
+
+    if kv == "f32":
+        return 0
+    slots = [slots_in_use(spec, n.window, context) for n in spec.layers if n.kind == "attention"]
+    return 4 * spec.n_heads * min(context, CHUNK) * max(slots, default=0)
 
 
 def _layers(window: int) -> str:

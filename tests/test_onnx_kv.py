@@ -172,15 +172,19 @@ def test_the_type_is_told_and_held_to_the_graph(tmp_path: Path) -> None:
     )
 
 
-def test_the_plan_knows_half_the_bytes() -> None:
+def test_the_plan_knows_half_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = tiny("gemma3").spec
     assert {w: 2 * n for w, n in kv_bytes(spec, "f16", 200).items()} == kv_bytes(spec, "f32", 200)
     whole, half = (
         OnnxCase.read(OnnxDirectory.open(exported("gemma3", kv=kv)), 1, "dense") for kv in ("f32", "f16")
     )
-    assert whole.needed(200, kv="f16") == whole.needed(200) - sum(kv_bytes(spec, "f16", 200).values())
+    scores = 4 * spec.n_heads * 200 * 200
+    saved = sum(kv_bytes(spec, "f16", 200).values()) - scores
+    assert whole.needed(200, kv="f16") == whole.needed(200) - saved
     # Its graph has four nodes more a layer that attends.
     assert 0 <= half.needed(200) - whole.needed(200, kv="f16") <= 50_000 * len(spec.layers)
+    # A tiny model's scores are more than its keys and values: what helps a real one.
+    monkeypatch.setattr("edgert.onnx_memory.scores_bytes", lambda spec, kv, context: 0)
     remedies = [[r.text for r in case.remedies(200, case.needed(200) - 1)] for case in (whole, half)]
     assert ["--kv f16" in " ".join(texts) for texts in remedies] == [True, False]
     spec = tiny("llama").spec
