@@ -67,7 +67,7 @@ def head_steps(directory: OnnxDirectory, graph: Graph, head: str, rates: Rates) 
 
 
 def faster_head(directory: OnnxDirectory, graph: Graph, rates: Rates) -> str:
-    """ "flash" where the graph has one whose part of a step is expected to be shorter, else "dense"."""
+    """The head whose part of a step is expected to be shorter: "dense", or "flash" where there is one."""
     if not directory.flash_head:
         return "dense"
 
