@@ -3,6 +3,7 @@ who knows of the type."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ import edgert
 from edgert.engines import onnx as onnx_engine
 from edgert.engines import onnx_caches
 from edgert.engines.onnx import OnnxEngine
-from edgert.engines.onnx_sparse import LEAST_SLOTS, WorkingSet, pages_in_memory
-from edgert.errors import EngineError, PlanError, UnsupportedModelError
+from edgert.engines.onnx_sparse import LEAST_SLOTS, WorkingSet
+from edgert.errors import EngineError, UnsupportedModelError
 from edgert.onnx_directory import OnnxDirectory
 from edgert.onnx_memory import kv_bytes
 from edgert.onnx_plan import OnnxCase
 from edgert.onnx_preflight import preflight
+from edgert.placement import place
 
 CONTEXT = 200
 NEAR = 5e-3  # of the largest logit: keys, values and attention in float16
@@ -60,8 +62,8 @@ def test_graphs(name: str) -> None:
     assert worst(run(tokens[:40], 0)[0][0], expected[:40]) < NEAR
     before = {n: (c.numpy().copy(), c.data_ptr()) for n, c in run.caches.items() if n[0] in "kv"}
     found = [run(tokens[40:41], 40)[0][0]]
-    for cache, (values, place) in before.items():
-        assert values.dtype == np.float16 and run.caches[cache].data_ptr() == place
+    for cache, (values, address) in before.items():
+        assert values.dtype == np.float16 and run.caches[cache].data_ptr() == address
         changed = np.nonzero((run.caches[cache].numpy() != values).any((0, 1, 3)))
         assert changed[0].tolist() == [40]
     found.append(run(tokens[41:], 41)[0][0])
@@ -111,8 +113,8 @@ def test_pages_come_back_with_their_bits() -> None:
     made.append(0, 700, rng.normal(size=(1, made.query_width)).astype(np.float32))
     before = {name: buffer.read().copy() for name, buffer in made.buffers.items()}
     assert {values.dtype for values in before.values()} == {np.dtype(np.float16)}
-    made._store.read(3, made._own_slots, 5)
-    made._store.move(made._own_slots, 7, 9)
+    made._store.read(3, made._slots, 5)
+    made._store.move(made._slots, 7, 9)
     for name, buffer in made.buffers.items():
         expected = before[name]
         expected[:, :, 80:96] = expected[:, :, 48:64].copy()
@@ -187,9 +189,13 @@ def test_the_plan_knows_half_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgert.onnx_memory.scores_bytes", lambda spec, kv, context: 0)
     remedies = [[r.text for r in case.remedies(200, case.needed(200) - 1)] for case in (whole, half)]
     assert ["--kv f16" in " ".join(texts) for texts in remedies] == [True, False]
-    spec = tiny("llama").spec
-    slots = 10_000 * 8 * spec.head_dim * sum(layer.n_kv_heads for layer in spec.layers)  # in float32
-    left = 7 * slots // 5
-    with pytest.raises(PlanError, match="smaller context"):
-        pages_in_memory(spec, "f32", 10_000, LEAST_SLOTS, left)
-    assert 0 < pages_in_memory(spec, "f16", 10_000, LEAST_SLOTS, left) < 10_000 // 16  # some of the store's
+    # With sparse attention a limit that float32 cannot keep leaves float16 some of its store in memory.
+    n = 100_000
+    full, halved = (
+        OnnxCase.read(OnnxDirectory.open(exported("llama", "f32", kv=kv)), threads=1, chosen=LEAST_SLOTS)
+        for kv in ("f32", "f16")
+    )
+    least = [replace(case, slots=case.fewest_pages(n)).needed(n) for case in (full, halved)]
+    limit = (least[1] + halved.needed(n)) // 2
+    assert least[0] > limit
+    assert halved.fewest_pages(n) < place(halved, n, limit).slots < n // 16
