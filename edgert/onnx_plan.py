@@ -20,7 +20,7 @@ from .onnx_memory import parts
 from .onnx_preflight import check_graph
 from .onnx_sparse_plan import fewest_pages
 from .onnx_time import decode_steps, faster_head, prefill_steps
-from .placement import longest, longest_placed, place, regimes
+from .placement import check_memory, longest, place, plan_session
 from .planner import Part, Plan, Remedy, check_context, ranked
 from .tokenizer_memory import tokenizer_bytes
 
@@ -142,14 +142,11 @@ class OnnxCase:
 
     def plan(self, context: int, rates: Rates, available: int, limit: str, *, to_disk: bool = False) -> Plan:
         """``to_disk``: with sparse attention, keys and values that do not fit may go to the disk."""
-        if not to_disk or not self.chosen:
-            return self._plan(context, rates, available, limit, self.max_context(available))
-        most = self.directory.spec.context_length
-        longest = longest_placed(self, most, available)
-        found = regimes(self, context, most, available, rates)
-        return place(self, context, available)._plan(context, rates, available, limit, longest, found)
+        return plan_session(
+            self, context, self.directory.spec.context_length, rates, available, limit, to_disk
+        )
 
-    def _plan(
+    def plan_as_placed(
         self,
         context: int,
         rates: Rates,
@@ -194,7 +191,6 @@ def plan_export(
     """:func:`edgert.plan` for a directory; ``others`` are its arguments that are for .gguf files alone."""
     from .heads import check_head
     from .model_onnx import refuse_options, sparse_slots
-    from .placement import check_memory
     from .rates import rates_for
 
     check_head(head, 0)

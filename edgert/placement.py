@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from .plan_time import Step
+    from .planner import Plan
     from .rates import Rates
 
 PAGE = 16  # tokens
@@ -43,6 +44,18 @@ class Placeable(Protocol):
 
     def decode(self, rates: Rates, length: int) -> tuple[Step, ...]:
         """The parts of a step with ``length`` tokens in the cache."""
+        ...
+
+    def plan_as_placed(
+        self,
+        context: int,
+        rates: Rates,
+        available: int,
+        limit: str,
+        max_context: int,
+        regimes: tuple[Regime, ...] = (),
+    ) -> Plan:
+        """With keys and values where the case has them."""
         ...
 
 
@@ -147,3 +160,16 @@ def make_tier(slots: int, directory: str | PathLike[str] | None, limit: int | No
         return IN_MEMORY
     place = cache_dir() / "pages" if directory is None else Path(directory)
     return Tier(slots, str(place), IN_MEMORY.disk_bytes if limit is None else limit)
+
+
+def plan_session(
+    case: Placeable, context: int, most: int, rates: Rates, available: int, limit: str, to_disk: bool
+) -> Plan:
+    """The plan of a session of ``context`` tokens, of a model made for ``most``. ``to_disk``: keys and values
+    that do not fit ``available`` bytes may go to the disk."""
+    if not to_disk or not case.chosen:
+        fitting = longest(most, lambda n: case.needed(n) <= available)
+        return case.plan_as_placed(context, rates, available, limit, fitting)
+    fitting, found = longest_placed(case, most, available), regimes(case, context, most, available, rates)
+    placed = place(case, context, available)
+    return placed.plan_as_placed(context, rates, available, limit, fitting, found)

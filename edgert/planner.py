@@ -19,7 +19,7 @@ from .errors import PlanError, UsageError
 from .head_classes import ALL_INDEXED, INDEXED, NAMES, SINKS, HeadClasses, choose_heads
 from .locate import model_path, onnx_export
 from .memory_left import PYTHON_BYTES, memory_left
-from .placement import check_memory, longest, longest_placed, place, regimes
+from .placement import check_memory, longest, longest_placed, place, plan_session
 from .tokenizer_memory import tokenizer_bytes
 
 if TYPE_CHECKING:
@@ -363,14 +363,9 @@ class Case:
 
     def plan(self, context: int, rates: Rates, available: int, limit: str, *, to_disk: bool = False) -> Plan:
         """``to_disk``: keys and values that do not fit may go to the disk."""
-        if not to_disk or not self.chosen:
-            return self._plan(context, rates, available, limit, self.max_context(available))
-        most = self.trained_context
-        longest = longest_placed(self, most, available)
-        found = regimes(self, context, most, available, rates)
-        return place(self, context, available)._plan(context, rates, available, limit, longest, found)
+        return plan_session(self, context, self.trained_context, rates, available, limit, to_disk)
 
-    def _plan(
+    def plan_as_placed(
         self,
         context: int,
         rates: Rates,

@@ -73,6 +73,17 @@ _REPORT = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions on ONNX Runtime with passes and windows of a few tokens: tiny models are made for 256
+    positions."""
+    from edgert.engines import onnx, onnx_caches  # not every test has use for them
+
+    monkeypatch.setattr(onnx, "CHUNK", 8)
+    monkeypatch.setattr(onnx, "SCORED", 5)
+    monkeypatch.setattr(onnx_caches, "SPARE", 3)
+
+
+@pytest.fixture
 def report(pytestconfig: pytest.Config) -> Callable[..., None]:
     """Takes lines to print at the end of the run: figures that a reader wants from a passing test."""
     lines = pytestconfig.stash.setdefault(_REPORT, [])

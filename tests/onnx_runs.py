@@ -7,6 +7,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from edgert.bench import onnx_run
 from edgert.export.onnx_model import build
 from tiny_models import tiny
@@ -17,6 +18,11 @@ from edgert.sidecar import Sidecar
 
 SLOTS = 96
 _DIRECTORY = tempfile.TemporaryDirectory(prefix="edgert-onnx-")
+
+
+def worst(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, as a part of the largest of what is expected."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def new_directory() -> Path:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx_directories import exported
+from onnx_runs import worst
 from tiny_models import prompt, tiny
 
 import edgert
-from edgert.engines import onnx, onnx_caches
+from edgert.engines import onnx_caches
 from edgert.engines.onnx import OnnxEngine, OnnxSession
 from edgert.errors import EngineError, SessionFileError
 from edgert.onnx_directory import OnnxDirectory
@@ -27,18 +28,6 @@ def engine(name: str, quant: str = "f32", recipe: str = "") -> OnnxEngine:
 
 def load(name: str, quant: str = "f32", recipe: str = "", **more: Any) -> edgert.Model:
     return edgert.load(exported(name, quant, recipe), threads=1, **more)
-
-
-def worst(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes and windows of a few tokens: tiny models are made for 256 positions."""
-    monkeypatch.setattr(onnx, "CHUNK", 8)
-    monkeypatch.setattr(onnx, "SCORED", 5)
-    monkeypatch.setattr(onnx_caches, "SPARE", 3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import onnx
 import pytest
-from onnx_runs import Run, exported
+from onnx_runs import Run, exported, worst
 from tiny_models import NAMES, prompt, tiny
 
 LENGTH = 60
@@ -16,10 +16,6 @@ LENGTH = 60
 # int8.
 BOUNDS = {"f32": 2e-5, "f16": 1e-2, "int8": 0.1, "int4": 0.1}
 FILES = {"f16": "F32", "int8": "Q8_0", "int4": "Q4_0"}
-
-
-def worst(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", NAMES)

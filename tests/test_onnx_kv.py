@@ -11,13 +11,12 @@ import onnx
 import onnxruntime
 import pytest
 from onnx_directories import change_about, exported, seal
-from onnx_runs import Run
+from onnx_runs import Run, worst
 from onnx_runs import exported as graph_of
 from tiny_models import NAMES, prompt, tiny
 
 import edgert
 from edgert.engines import onnx as onnx_engine
-from edgert.engines import onnx_caches
 from edgert.engines.onnx import OnnxEngine
 from edgert.engines.onnx_sparse import LEAST_SLOTS, WorkingSet
 from edgert.errors import EngineError, UnsupportedModelError
@@ -33,18 +32,6 @@ NEAR = 5e-3  # of the largest logit: keys, values and attention in float16
 
 def engine(name: str, slots: int = 0) -> OnnxEngine:
     return OnnxEngine(OnnxDirectory.open(exported(name, "f32", kv="f16")), threads=1, slots=slots)
-
-
-def worst(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes and windows of a few tokens."""
-    monkeypatch.setattr(onnx_engine, "CHUNK", 8)
-    monkeypatch.setattr(onnx_engine, "SCORED", 5)
-    monkeypatch.setattr(onnx_caches, "SPARE", 3)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx_directories import exported
-from onnx_runs import Run
+from onnx_runs import Run, worst
 from tier_runs import on_disk
 from tiny_models import prompt, tiny
 
@@ -48,10 +48,6 @@ def full(name: str) -> OnnxSession:
 
 def steps(session: OnnxSession, tokens: list[int]) -> np.ndarray:
     return np.stack([session.step(token).copy() for token in tokens])
-
-
-def worst(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2"])
