@@ -19,7 +19,7 @@ page that left and came back is rounded where the graph's caches are float32.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -173,8 +173,7 @@ class WorkingSet:
             return length
         try:
             self._make(PAGE * _pages(length + n))
-            for page in range(pages):
-                self._store.read(page, self._slots, page)
+            self._store.read(list(range(pages)), self._slots, list(range(pages)))
         except BaseException:
             self.back()
             raise
@@ -244,9 +243,7 @@ class WorkingSet:
         self._fresh = fresh or len(pages) > self._places or len(set(known)) < len(known)
         if not self._fresh:
             self._pages = [_NONE] * len(pages)
-            for place, page in enumerate(pages):
-                if page != _NONE:
-                    self._read(page, place)
+            self._read({page: place for place, page in enumerate(pages) if page != _NONE})
 
     def _known_worth(self, pages: int) -> Array:
         """What pages with an index are worth; new ones as much as the others on average."""
@@ -279,6 +276,10 @@ class WorkingSet:
         end, keep = len(wanted) - 1, set(wanted) - {last}
         pages = self._pages
         pages += [_NONE] * (end + 1 - len(pages))
+        missing = sorted(keep.difference(pages))
+        self._store.expect(missing)  # on their way while pages leave
+        leaving = {page: place for place, page in enumerate(pages) if 0 <= page < last and page not in keep}
+        self._store.keep(list(leaving), self._slots, list(leaving.values()))
         holes = [place for place in range(end) if pages[place] not in keep]
         known = last * PAGE < self._store.length
         if known and last in pages[:end]:  # gone back into it: its rounded copy is as good
@@ -289,21 +290,21 @@ class WorkingSet:
                 pages[hole] = _NONE
                 self._store.move(self._slots, place, hole)
                 pages[hole], pages[place] = pages[place], _NONE
-        missing = keep.difference(pages)
-        for page in sorted(missing):
-            self._read(page, holes.pop())
-        if pages[end] != last:
-            pages[end] = _NONE
-            if known:
-                self._read(last, end)
-            pages[end] = last
+        reads = {page: holes.pop() for page in missing}
+        if known and pages[end] != last:
+            reads[last] = end
+        self._read(reads)
+        pages[end] = last
         del pages[end + 1 :]
 
-    def _read(self, page: int, place: int) -> None:
-        self._pages[place] = _NONE
-        self._store.read(page, self._slots, place)
-        self._pages[place] = page
-        self.copied_pages += 1
+    def _read(self, places: Mapping[int, int]) -> None:
+        """Copies pages from the store to their places."""
+        for place in places.values():
+            self._pages[place] = _NONE
+        self._store.read(list(places), self._slots, list(places.values()))
+        for page, place in places.items():
+            self._pages[place] = page
+        self.copied_pages += len(places)
 
 
 def _pages(tokens: int) -> int:
