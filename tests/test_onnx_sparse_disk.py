@@ -180,14 +180,15 @@ def test_a_page_that_came_back_damaged_is_never_seen(cut: bool) -> None:
 def test_a_full_disk_takes_nothing_that_memory_has_room_for() -> None:
     """Steps go on with pages that cannot be written in memory, and end when a new one finds no place."""
     tokens = prompt(tiny("llama"), READ + 200)
-    page = 2 * 2 * PAGE * sum(layer.n_kv_heads for layer in tiny("llama").spec.layers) * tiny("llama").spec.head_dim
+    spec = tiny("llama").spec
+    page = 2 * 2 * PAGE * sum(layer.n_kv_heads for layer in spec.layers) * spec.head_dim
     written = READ // PAGE - FEWEST + 4
     with on_disk() as directory:
         stride = -(-page // ALIGNED) * ALIGNED
         here = session(Tier(FEWEST, str(directory), written * stride))
         here.prefill(tokens[:READ])
         found = []
-        with pytest.raises(EngineError, match="may not outgrow .*raise that limit"):
+        with pytest.raises(EngineError, match=r"may not outgrow .*raise that limit"):
             for token in tokens[READ:]:
                 found.append(here.step(token).copy())
         assert 20 < len(found) < 200

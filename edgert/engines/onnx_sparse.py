@@ -104,6 +104,7 @@ class WorkingSet:
         self._larger = slots > self.spare + 1
         self._pages: list[int] = []  # by place; _NONE: nothing of use
         self._fresh = True  # any number of pages may enter
+        self._coming: list[int] | None = None  # pages of the next step, where they are chosen already
 
         def cache(layer: LayerSpec) -> Buffer:
             shape = 1, layer.n_kv_heads, slots, spec.head_dim
@@ -148,6 +149,11 @@ class WorkingSet:
         return sorted(page for page in self._pages if page != _NONE)
 
     @property
+    def worth(self) -> Array:
+        """Of the pages with an index, [pages]."""
+        return self._known_worth(self._store.indexed_pages)
+
+    @property
     def tier(self) -> dict[str, float] | None:
         """What the store's disk tier holds and did; None when all of it is in memory."""
         return self._store.tier
@@ -157,14 +163,14 @@ class WorkingSet:
         slots are filled. Raises EngineError when a page cannot be read; the sequence is what it was then."""
         length = self._store.length
         last = length // PAGE
-        self._arrange(self._choose(last + 1), last)
-        self._fresh = False
+        self._arrange(self._coming or self._choose(last + 1), last)
+        self._fresh, self._coming = False, None
         return (len(self._pages) - 1) * PAGE + length % PAGE
 
     def whole(self, n: int) -> int:
         """Makes ``buffers`` hold everything, with slots for ``n`` more tokens; returns how many are filled.
         :meth:`back` must follow when these have been appended. Raises EngineError."""
-        length = self._store.length
+        length, self._coming = self._store.length, None
         pages = _pages(length)
         if _pages(length + n) <= self._places:
             if self._pages[:pages] != list(range(pages)):
@@ -195,6 +201,7 @@ class WorkingSet:
     def append(self, first: int, n: int, queries: Array) -> None:
         """The tokens in the ``n`` slots from ``first`` on are the next ones of the sequence. ``queries``: the
         graph's output for the last of them, [rows, …], of which there may be none. Raises EngineError."""
+        self._coming = None
         votes = self._store.append(self._slots, first, n, queries if len(queries) else None)
         if n > 1:
             self._fresh = True
@@ -202,6 +209,9 @@ class WorkingSet:
             return
         worth = self._known_worth(len(votes))
         self._worth = np.maximum(worth * FADE, votes)
+        if n == 1:  # those on the disk are on their way while the token is sampled
+            self._coming = self._choose(self._store.length // PAGE + 1)
+            self._store.expect(sorted(set(self._coming[:-1]).difference(self._pages)))
 
     def rewind(self, length: int) -> int:
         """Forgets what comes after ``length`` tokens; returns how many are left. Raises EngineError."""
@@ -209,12 +219,12 @@ class WorkingSet:
         left = _pages(kept)
         self._pages = [page if page < left else _NONE for page in self._pages]
         self._worth = self._worth[: self._store.indexed_pages]
-        self._fresh = True
+        self._fresh, self._coming = True, None
         return kept
 
     def save(self) -> bytes:
         """Of the sequence, the set and what pages are worth; see :meth:`load`."""
-        worth = self._known_worth(self._store.indexed_pages)
+        worth = self.worth
         pages = np.array(self._pages, np.int32)
         head = _SAVED.pack(len(worth), len(pages), self._fresh)
         return b"".join([head, worth.tobytes(), pages.tobytes(), self._store.save()])
@@ -222,7 +232,7 @@ class WorkingSet:
     def load(self, state: bytes) -> None:
         """Goes on where :meth:`save` was called. Raises EngineError for what it did not give; the sequence is
         empty then."""
-        self._pages, self._worth = [], self._worth[:0]
+        self._pages, self._worth, self._coming = [], self._worth[:0], None
         self._store.rewind(0)
         if len(state) < _SAVED.size:
             raise EngineError("the saved session is shorter than it says")

@@ -107,12 +107,13 @@ void bind_slots(nb::module_& m) {
           "keep",
           [](SlotStore& s, const Pages& pages, const Slots& from, const Pages& places) { s.keep(pages, from.arrays, places); },
           "pages"_a, "slots"_a, "places"_a, nb::call_guard<nb::gil_scoped_release>(),
-          "Pages that are about to leave the slots from 16 * each of `places` on: those that are not in memory get\n"
-          "a place there if there is one.")
+          "Pages that are about to leave their slots, from 16 * each of `places` on: those that are not in memory\n"
+          "get a place there if there is one.")
       .def(
           "read", [](SlotStore& s, const Pages& pages, const Slots& to, const Pages& places) { s.read(pages, to.arrays, places); },
           "pages"_a, "slots"_a, "places"_a, nb::call_guard<nb::gil_scoped_release>(),
-          "Copies each of `pages` to the slots from 16 * its place on. Raises EngineError when one cannot be read.")
+          "Copies each of `pages` to the slots from 16 * its place on. Raises EngineError when one cannot be\n"
+          "read.")
       .def(
           "move", [](SlotStore& s, const Slots& of, uint32_t place, uint32_t to) { s.move(of.arrays, place, to); }, "slots"_a,
           "place"_a, "to"_a, nb::call_guard<nb::gil_scoped_release>(), "Copies the 16 slots of a place to another.")
