@@ -118,9 +118,8 @@ def main() -> None:
     state = first.snapshot()
     first.close()
     spec, rows = directory.spec, []
-    page_bytes = (
-        4 * PAGE * spec.head_dim * sum(spec.layers[i].n_kv_heads for i in full_layers(spec))
-    )  # float16
+    heads = sum(spec.layers[i].n_kv_heads for i in full_layers(spec))
+    page_bytes = 4 * PAGE * heads * spec.head_dim  # float16 keys and values
     for slots in (0, *(int(word) for word in args.pages.split(","))):
         opened = session(Tier(slots, str(args.page_directory)) if slots else IN_MEMORY)
         opened.restore(state)
@@ -134,12 +133,12 @@ def main() -> None:
     put(
         "# Pages on a disk behind the slots of ONNX Runtime\n\n"
         f"`python -m edgert.bench.onnx_sparse_disk`: {directory.name}, {directory.quant}, keys and values "
-        f"{directory.kv}, {args.budget:,} slots, {args.steps - WARM} steps after {args.length:,} tokens, pages "
-        f"of {page_bytes / 1e6:.2f} MB. {machine()['cpu']}, edgert build {build()}.\n\n"
+        f"{directory.kv}, {args.budget:,} slots, {args.steps - WARM} steps after {args.length:,} tokens, "
+        f"pages of {page_bytes / 1e6:.2f} MB. {machine()['cpu']}, edgert build {build()}.\n\n"
         f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}\n"
         + "\n".join(line(row, page_bytes) for row in rows)
-        + f"\n\nAll have the same bits. Of the pages that enter, those outside the set that were worth most a step "
-        f"earlier have {ahead}.\n",
+        + "\n\nAll have the same bits. Of the pages that enter, those outside the set that were worth most a "
+        f"step earlier have {ahead}.\n",
         args.output,
     )
 
