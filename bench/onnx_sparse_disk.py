@@ -31,8 +31,8 @@ WARM = 8  # steps, the first of which fills the slots
 AHEAD = (2, 4, 8, 16, 32, 64)
 COUNTED = ("bytes_read", "read_seconds", "waited_seconds")
 HEADINGS = (
-    *("pages in memory", "a step", "before its run", "pages enter"),
-    *("of the disk", "from the disk", "reading", "waits"),
+    *("tokens", "pages in memory", "a step", "before its run", "pages enter"),
+    *("of these from the disk", "bytes", "reading", "waits"),
 )
 
 
@@ -78,9 +78,10 @@ def take(session: SparseSession, tokens: Sequence[int], slots: int) -> Taken:
     return taken
 
 
-def line(taken: Taken, page_bytes: int) -> str:
+def cells(length: int, taken: Taken, page_bytes: int) -> list[str]:
     n, disk = len(taken.steps), taken.disk
-    cells = [
+    return [
+        f"{length:,}",
         f"{taken.slots or 'all'}",
         f"{1e3 * median(taken.steps):.2f} ms",
         f"{1e3 * sum(taken.of_set) / n:.2f} ms",
@@ -90,57 +91,81 @@ def line(taken: Taken, page_bytes: int) -> str:
         f"{1e3 * disk['read_seconds'] / n:.2f} ms",
         f"{1e3 * disk['waited_seconds'] / n:.2f} ms",
     ]
-    return f"| {' | '.join(cells)} |"
+
+
+class Bench:
+    def __init__(self, directory: OnnxDirectory, threads: int, budget: int, pages: Path) -> None:
+        self._directory, self._threads, self._budget, self._pages = directory, threads, budget, pages
+
+    def session(self, slots: int, context: int) -> SparseSession:
+        tier = Tier(slots, str(self._pages)) if slots else IN_MEMORY
+        engine = OnnxEngine(self._directory, threads=self._threads, slots=self._budget, tier=tier)
+        opened = engine.session(context)
+        assert isinstance(opened, SparseSession)
+        return opened
+
+    def measure(self, length: int, steps: int, pages: Sequence[int]) -> list[Taken]:
+        """First with all in memory, then with so many ``pages``."""
+        text = text_of(self._directory.metadata, length + steps)
+        first = self.session(0, len(text) + 1)
+        first.prefill(text[:length])
+        state = first.snapshot()
+        first.close()
+        found: list[Taken] = []
+        for slots in (0, *pages):
+            opened = self.session(slots, len(text) + 1)
+            opened.restore(state)
+            found.append(take(opened, text[length:], slots))
+            opened.close()
+            say(f"{length} tokens, {slots or 'all'} pages: {1e3 * median(found[-1].steps):.2f} ms")
+            if found[-1].bits != found[0].bits:
+                raise SystemExit(f"with {slots} pages in memory the steps have other bits")
+        return found
+
+
+def report(directory: OnnxDirectory, budget: int, steps: int, found: dict[int, list[Taken]]) -> str:
+    spec = directory.spec
+    heads = sum(spec.layers[i].n_kv_heads for i in full_layers(spec))
+    page_bytes = 4 * PAGE * heads * spec.head_dim  # float16 keys and values
+    rows = [cells(length, taken, page_bytes) for length, each in found.items() for taken in each]
+    ahead = []
+    for length, (first, *_) in found.items():
+        ranks = np.array(first.ranks)
+        shares = ", ".join(f"{(ranks < n).mean():.0%} of the best {n}" for n in AHEAD)
+        ahead.append(f"- {length:,} tokens: {shares}")
+    lines = [
+        "# Pages on a disk behind the slots of ONNX Runtime",
+        "",
+        f"`python -m edgert.bench.onnx_sparse_disk`: {directory.name}, {directory.quant}, keys and values "
+        f"{directory.kv}, {budget:,} slots, {steps - WARM} steps each, pages of {page_bytes / 1e6:.2f} MB. "
+        f"{machine()['cpu']}, edgert build {build()}. All steps of a length have the same bits.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in (HEADINGS, ["---"] * len(HEADINGS), *rows)),
+        "",
+        "How many of the pages that enter were, a step earlier, among those outside the set that were worth "
+        "most:",
+        "",
+        *ahead,
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m edgert.bench.onnx_sparse_disk", description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
-    parser.add_argument("--length", type=int, default=7900, help="tokens in front of the steps")
+    parser.add_argument("--lengths", default="4000,7900", metavar="N,…", help="tokens in front of the steps")
     parser.add_argument("--steps", type=int, default=224)
     parser.add_argument("--budget", type=int, default=1024)
-    parser.add_argument("--pages", default="68,128,256", metavar="N,…", help="in memory, of all layers")
+    parser.add_argument("--pages", default="68,128", metavar="N,…", help="in memory, of all layers")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--page-directory", type=Path, default=cache_dir() / "pages")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
     args = parser.parse_args()
     directory = OnnxDirectory.open(args.directory)
-    text = text_of(directory.metadata, args.length + args.steps)
-
-    def session(tier: Tier) -> SparseSession:
-        engine = OnnxEngine(directory, threads=args.threads, slots=args.budget, tier=tier)
-        opened = engine.session(len(text) + 1)
-        assert isinstance(opened, SparseSession)
-        return opened
-
-    first = session(IN_MEMORY)
-    first.prefill(text[: args.length])
-    state = first.snapshot()
-    first.close()
-    spec, rows = directory.spec, []
-    heads = sum(spec.layers[i].n_kv_heads for i in full_layers(spec))
-    page_bytes = 4 * PAGE * heads * spec.head_dim  # float16 keys and values
-    for slots in (0, *(int(word) for word in args.pages.split(","))):
-        opened = session(Tier(slots, str(args.page_directory)) if slots else IN_MEMORY)
-        opened.restore(state)
-        rows.append(take(opened, text[args.length :], slots))
-        opened.close()
-        say(line(rows[-1], page_bytes))
-        if rows[-1].bits != rows[0].bits:
-            raise SystemExit(f"with {slots} pages in memory the steps have other bits")
-    ranks = np.array(rows[0].ranks)
-    ahead = ", ".join(f"{(ranks < n).mean():.0%} of {n}" for n in AHEAD)
-    put(
-        "# Pages on a disk behind the slots of ONNX Runtime\n\n"
-        f"`python -m edgert.bench.onnx_sparse_disk`: {directory.name}, {directory.quant}, keys and values "
-        f"{directory.kv}, {args.budget:,} slots, {args.steps - WARM} steps after {args.length:,} tokens, "
-        f"pages of {page_bytes / 1e6:.2f} MB. {machine()['cpu']}, edgert build {build()}.\n\n"
-        f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}\n"
-        + "\n".join(line(row, page_bytes) for row in rows)
-        + "\n\nAll have the same bits. Of the pages that enter, those outside the set that were worth most a "
-        f"step earlier have {ahead}.\n",
-        args.output,
-    )
+    bench = Bench(directory, args.threads, args.budget, args.page_directory)
+    lengths, pages = ([int(word) for word in text.split(",")] for text in (args.lengths, args.pages))
+    found = {length: bench.measure(length, args.steps, pages) for length in lengths}
+    put(report(directory, args.budget, args.steps, found), args.output)
 
 
 if __name__ == "__main__":
