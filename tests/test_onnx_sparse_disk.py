@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -195,3 +197,41 @@ def test_a_full_disk_takes_nothing_that_memory_has_room_for() -> None:
         assert here.length == READ + len(found)
         here.close()
     np.testing.assert_array_equal(np.stack(found[:STEPS]), expected("f32")[: len(found)])
+
+
+class Watched:
+    """A store that tells how many pages came from the disk while slots were filled, and which it kept."""
+
+    def __init__(self, store: Any) -> None:
+        self._store, self.in_steps, self.kept = store, 0, set[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def read(self, *of: Any) -> None:
+        before = self._store.tier["pages_read"]
+        self._store.read(*of)
+        self.in_steps += self._store.tier["pages_read"] - before
+
+    def keep(self, pages: list[int], *of: Any) -> None:
+        self._store.keep(pages, *of)
+        self.kept |= set(pages)
+
+
+def test_pages_are_read_when_a_step_ends_and_kept_when_they_leave() -> None:
+    tokens = prompt(tiny("llama"), READ + STEPS)
+    with on_disk() as directory:
+        here = session(Tier(FEWEST, str(directory)))
+        here.prefill(tokens[:READ])
+        here.step(tokens[READ])
+        store = Watched(here.working_set._store)
+        here.working_set._store = store  # type: ignore[assignment]
+        before, left = store.tier["pages_read"], set[int]()
+        for token in tokens[READ + 1 :]:
+            pages = set(here.working_set.pages)
+            here.step(token)
+            left |= pages - set(here.working_set.pages)
+            time.sleep(0.01)  # as if something were done with its logits
+        assert store.in_steps < (store.tier["pages_read"] - before) / 2
+        assert left and left == store.kept
+        here.close()
