@@ -62,7 +62,7 @@ def working_set_steps(case: OnnxCase, rates: Rates, length: int, row: int) -> li
     copied = round(ENTERING * (record + PAGE * row))
     steps.append(Step("pages", CHOOSING + copied / COPIES, copied, "memory"))
     if case.slots and -(-length // PAGE) > case.slots:
-        # Those that left last are in memory, so that it has of the next ones the more the more it has room for.
+        # Those that left last are in memory: it has the more of the next ones the more it has room for.
         entering = ENTERING * math.exp(-PAGE * (case.slots - TAIL) / case.chosen)
         read = round(entering * record)
         # They are asked for when the step before ends, and others are copied meanwhile.

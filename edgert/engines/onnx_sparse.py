@@ -12,7 +12,8 @@ A pass over several tokens sees everything: where not all of it is in the slots,
 large as the sequence, which are filled from the store and dropped afterwards. The working set's are dropped
 before, so that no more memory is taken than full attention's, and filled anew by the next step.
 
-What is in the set depends on the tokens alone, so a store on a disk gives the same ones. It keeps float16: a
+What is in the set depends on the tokens alone, so a store on a disk gives the same ones. The set of the next
+step is chosen as soon as a step has voted: pages on the disk are read while its logits are used. It keeps float16: a
 page that left and came back is rounded where the graph's caches are float32.
 """
 
