@@ -13,8 +13,8 @@ large as the sequence, which are filled from the store and dropped afterwards. T
 before, so that no more memory is taken than full attention's, and filled anew by the next step.
 
 What is in the set depends on the tokens alone, so a store on a disk gives the same ones. The set of the next
-step is chosen as soon as a step has voted: pages on the disk are read while its logits are used. It keeps float16: a
-page that left and came back is rounded where the graph's caches are float32.
+step is chosen as soon as a step has voted: pages on the disk are read while its logits are used. The store
+keeps float16: a page that left and came back is rounded where the graph's caches are float32.
 """
 
 from __future__ import annotations
