@@ -61,6 +61,7 @@ class SparseSession(OnnxSession):
 
     @property
     def working_set(self) -> WorkingSet:
+        """What steps see."""
         return self._set
 
     @property
