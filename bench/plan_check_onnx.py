@@ -2,9 +2,11 @@
 ``python -m edgert.bench.plan_check_onnx RUNS.jsonl DIR ...``.
 
 As :mod:`edgert.bench.plan_check`, with ONNX Runtime on the CPU: every run is a process of its own that loads
-an export, reads a prompt of prose and generates, and does so again ROUNDS times for the time, with memory's
-speed probed in between. Times count where memory gave at least QUIET of what the doctor measured: elsewhere
-others were busy. Runs are kept in a file as they come, and those that it has are not made again.
+an export, reads a text and generates, and does so again ``--rounds`` times for the time, with memory's speed
+probed in between (0: for the memory alone). Times count where memory gave at least QUIET of what the doctor
+measured: elsewhere others were busy. Runs are kept in a file as they come, and those that it has are not made
+again. The text is that of :mod:`edgert.bench.eval_texts`: how many different tokens there are in it says how
+many rows of the embeddings are read.
 
 With sparse attention a run is one of :mod:`edgert.bench.plan_check_sparse`: steps along a text, with all of
 the store in memory, and under a limit of memory with which a quarter of its pages stay there, or the fewest
@@ -42,14 +44,12 @@ from edgert.bench.plan_check_sparse import (
     text_of,
 )
 from edgert.bench.plan_check_sparse import row_of as sparse_row
-from edgert.bench.text import prose
 
 from edgert.onnx_directory import OnnxDirectory
 from edgert.onnx_plan import OnnxCase
 from edgert.onnx_time import decode_steps, prefill_steps
 from edgert.placement import PAGE, UNSURE, place
 from edgert.rates import Rates, rates_for
-from edgert.tokenizer import Tokenizer
 
 ROUNDS = 4
 QUIET = 0.85
@@ -105,9 +105,9 @@ class Run:
         return self.sha256, self.head, self.context
 
 
-def run(directory: OnnxDirectory, head: str, context: int, threads: int) -> Run:
-    ids = Tokenizer.from_gguf(directory.metadata).encode(prose(9000))[: context - GENERATED]
-    job = [str(directory.path), head, context, GENERATED, ids, threads, PROBE_SECONDS, ROUNDS]
+def run(directory: OnnxDirectory, head: str, context: int, threads: int, rounds: int) -> Run:
+    ids = text_of(directory.metadata, context)[: context - GENERATED]
+    job = [str(directory.path), head, context, GENERATED, ids, threads, PROBE_SECONDS, rounds]
     return Run(
         directory.sha256, head, context, *in_process(_CHILD, job, f"{directory.path} {head} {context}")
     )
@@ -161,7 +161,7 @@ def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
         steps = decode_steps(case, replace(rates, bandwidth=bandwidth), prompt + run.generated // 2)
         return sum(step.seconds for step in steps)
 
-    seconds, bandwidth = settle(run.rounds, predicted)
+    seconds, bandwidth = settle(run.rounds, predicted) if run.rounds else (math.nan, rates.bandwidth)
     return OnnxRow(
         model=directory.name,
         kv=f"{directory.quant}, kv {directory.kv}",
@@ -174,7 +174,7 @@ def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
         bandwidth=bandwidth,
         planned_prompt=sum(step.seconds for step in prefill_steps(case, rates, prompt)),
         measured_prompt=run.prompt_seconds,
-        quiet=bandwidth >= QUIET * rates.bandwidth,
+        quiet=bool(run.rounds) and bandwidth >= QUIET * rates.bandwidth,
         version=run.version,
     )
 
@@ -188,8 +188,8 @@ def table(rows: list[OnnxRow], sparse: list[SparseRow], machine: str) -> str:
         f"`python -m edgert.bench.plan_check_onnx`, ONNX Runtime {rows[0].version} on the CPU. Peak resident "
         f"memory of a process that loads, reads a prompt and generates {GENERATED} tokens; time of a token in"
         f" {ROUNDS} more generations, predicted from memory's speed around each; shortest time of a prompt. "
-        f"Times are left out where memory gave less than {QUIET:.0%} of what the doctor measured: others "
-        "were busy.",
+        f"Times are left out where none was taken and where memory gave less than {QUIET:.0%} of what the "
+        "doctor measured: others were busy.",
         "",
         verdict(rows, "token", DECODE_MEDIAN)[0],
     ]
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
     parser.add_argument("--contexts", default="128,512,2000,4000")
     parser.add_argument("--heads", default="dense,flash,exact", help="those that an export has are taken")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="generations for the time")
     parser.add_argument("--sparse", default="2000,4000,7900", metavar="N,…", help="its contexts")
     parser.add_argument("--budgets", default="1024", metavar="N,…")
     args = parser.parse_args()
@@ -270,7 +271,7 @@ def main() -> None:
                 continue
             key = directory.sha256, head, context
             if key not in runs:
-                runs[key] = run(directory, head, context, rates.threads)
+                runs[key] = run(directory, head, context, rates.threads, args.rounds)
                 keep(runs[key])
             row = row_of(runs[key], directory, rates)
             rows.append(row)

@@ -15,13 +15,13 @@ with version 1.32 (``python -m edgert.bench.plan_check_onnx`` holds the sums to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .cost import KV_ELEMENT_BYTES
 from .memory_left import PYTHON_BYTES
-from .onnx_interface import BLOCK, ITEM_BYTES, matrices
+from .onnx_interface import BLOCK, ITEM_BYTES, UINT8, matrices
 from .onnx_sparse_plan import store_parts
 from .planner import Part
 
@@ -40,8 +40,8 @@ FLASH_ROWS = 20  # rows that a FlashHead scores map as much as one token of pros
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of weights: ``packed``; ``mapped``, all of it; ``rows``, mapped as far as they are read; and
-    ``extra``, which are there only while the graph loads."""
+    """Bytes of weights: ``packed``, with what lies beside; ``mapped``, all of it; ``rows``, mapped as far as
+    they are read; and ``extra``, which are there only while the graph loads."""
 
     packed: int
     mapped: int
@@ -53,7 +53,10 @@ def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool, used: bool = Tr
     """The weights of ``spec`` as ``quant``, with the FlashHead of ``graph`` where there is one; what is not
     ``used`` of it stays where it is, but for what ONNX Runtime packs."""
     bits = {"int8": 8, "int4": 4}.get(quant, 0)
-    packed = mapped = looked = extra = 0
+    by = products(graph)
+    packed, mapped = _flash_bytes(graph, by)
+    mapped, of_flash = mapped * used, packed
+    looked = extra = 0
     head = "token_embd.weight" if spec.tied_head else "output.weight"
     for name, rows, cols in matrices(spec):
         count = rows * cols
@@ -64,18 +67,47 @@ def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool, used: bool = Tr
         if name == "token_embd.weight" or (name == head and flash):
             looked += stored
         mapped += 4 * blocks
-        if name == head and not flash:
+        if name == head:
             extra = stored if blocks else 4 * count
-    multiplied = {node.inputs[1] for node in all_nodes(graph) if node.op == "MatMulNBits"}
+            if by.get(name) and not blocks:
+                packed += 4 * count
+                # It is made while the head's values lie there once more; what is packed later is not there.
+                extra = max(extra - of_flash, 0) if quant == "f16" else 0
+            elif quant == "f16":  # in three forms at once, but little yet of ONNX Runtime's own
+                extra += stored - RUNTIME_BYTES
+    return Held(packed, mapped, looked, max(extra, 0))
+
+
+def _flash_bytes(graph: Graph, by: Mapping[str, bool]) -> tuple[int, int]:
+    """(packed, mapped) bytes of a FlashHead's own tensors."""
+    packed = mapped = 0
     for tensor in graph.initializers:
-        if tensor.name.startswith(("head.", "flash.")):
-            size = ITEM_BYTES[tensor.dtype] * math.prod(tensor.dims)
-            if tensor.name in multiplied:
-                packed += size + BLOCK_BYTES * math.prod(tensor.dims[:2])
-                extra = max(extra, size)
-            elif used:
-                mapped += size
-    return Held(packed, mapped, looked, extra)
+        if not tensor.name.startswith(("head.", "flash.")):
+            continue
+        count = math.prod(tensor.dims)
+        if tensor.name not in by:
+            mapped += ITEM_BYTES[tensor.dtype] * count
+        elif tensor.dtype == UINT8:
+            packed += count + BLOCK_BYTES * math.prod(tensor.dims[:2])
+        else:
+            packed += 4 * count * (1 + by[tensor.name])
+    return packed, mapped
+
+
+def products(graph: Graph) -> dict[str, bool]:
+    """What is multiplied with, and whether a Cast or Transpose within a branch makes it of an initializer:
+    this copy stays beside the packed one. In the outermost graph it goes."""
+    made = {node.outputs[0]: node for node in all_nodes(graph) if node.op in ("Cast", "Transpose")}
+    outer = {node.outputs[0] for node in graph.nodes}
+    found: dict[str, bool] = {}
+    for node in all_nodes(graph):
+        if node.op in ("MatMul", "MatMulNBits"):
+            name, kept = node.inputs[1], False
+            while name in made:
+                kept = kept or name not in outer
+                name = made[name].inputs[0]
+            found[name] = kept
+    return found
 
 
 def all_nodes(graph: Graph) -> Iterator[Node]:
