@@ -6,8 +6,13 @@ with version 1.32 (``python -m edgert.bench.plan_check_onnx`` holds the sums to 
 - model.onnx.data is mapped. A matrix that is multiplied with is packed into memory of its own at the start: a
   block of 32 as its codes, its scale and the sum of its codes; float matrices in float32, whatever they are
   stored in. Its stored codes are then given back, its scales stay mapped.
+- The head's matrix is packed while its codes are still there, a float one while it is there in other forms
+  too: a model with a large vocabulary takes most while it loads.
 - Rows that are looked up (embeddings; the head's, with a FlashHead) stay mapped, and count as far as they
-  were read: the system maps what lies around a row with it, and can have these pages back at any time.
+  were read: the system maps what lies around a row with it, and can have these pages back at any time. How
+  much it maps is the kernel's choice (here Linux 6.18); the tables of a FlashHead are soon mapped as a whole.
+- Attention to float16 keys on x86 has a score of float32 for every query head, token of a pass and slot there
+  is, whether in use or not (gqa_attention_base.h: ApplyAttention); to float32 it goes piece by piece.
 - A pass works in an arena, which keeps what it once took; the second pass of a size takes one piece for all
   of its values, beside what there is. So a text of more than one full pass takes twice as much.
 """
@@ -34,48 +39,52 @@ RUNTIME_BYTES = 38_000_000  # numpy, the library of ONNX Runtime and its objects
 NODE_BYTES = 12_000  # of a session for each node of its graph
 BLOCK_BYTES = 8  # of a packed block beside its codes: scale and sum
 ACTIVATIONS = 1.5  # times the values of a layer: what a pass takes of the arena
-ROW_BYTES = 1 << 14  # that a token of prose maps on average; most come again or lie beside others
-FLASH_ROWS = 20  # rows that a FlashHead scores map as much as one token of prose
+# A text of n tokens has TOKENS * n**GROWTH different ones (Heaps' law). With the row of one the system maps
+# AROUND bytes, of floats more than of codes; SHARE and TOGETHER say how near in the vocabulary they are.
+TOKENS, GROWTH = 3.4, 0.68
+AROUND, AROUND_FLOATS = 3 << 16, 5 << 18
+SHARE, TOGETHER = 0.35, 0.68
+FLASH_STEPS = 8  # that score other rows with a FlashHead; those of later ones were there before
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of weights: ``packed``, with what lies beside; ``mapped``, all of it; ``rows``, mapped as far as
-    they are read; and ``extra``, which are there only while the graph loads."""
+    """Bytes of weights: ``packed``, with what stays beside; ``mapped``, all of it; ``rows``, mapped as far as
+    they are read; ``tables``, mapped once a FlashHead is used; and ``extra``, which are there only while the
+    graph loads, where what comes after is not there yet."""
 
     packed: int
     mapped: int
     rows: int
+    tables: int
     extra: int
 
 
-def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool, used: bool = True) -> Held:
-    """The weights of ``spec`` as ``quant``, with the FlashHead of ``graph`` where there is one; what is not
-    ``used`` of it stays where it is, but for what ONNX Runtime packs."""
+def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
+    """The weights of ``spec`` as ``quant``, with the FlashHead of ``graph`` where there is one."""
     bits = {"int8": 8, "int4": 4}.get(quant, 0)
     by = products(graph)
-    packed, mapped = _flash_bytes(graph, by)
-    mapped, of_flash = mapped * used, packed
-    looked = extra = 0
+    of_flash, tables = _flash_bytes(graph, by)
+    packed, mapped, rows, extra = of_flash, 0, 0, 0
     head = "token_embd.weight" if spec.tied_head else "output.weight"
-    for name, rows, cols in matrices(spec):
-        count = rows * cols
+    for name, n, cols in matrices(spec):
+        count = n * cols
         blocks = count // BLOCK if bits and cols % BLOCK == 0 else 0
         stored = count * bits // 8 if blocks else count * (4 if quant == "f32" else 2)
         if name != "token_embd.weight" or spec.tied_head:
             packed += stored + BLOCK_BYTES * blocks if blocks else 4 * count
         if name == "token_embd.weight" or (name == head and flash):
-            looked += stored
+            rows += stored
         mapped += 4 * blocks
-        if name == head:
-            extra = stored if blocks else 4 * count
-            if by.get(name) and not blocks:
-                packed += 4 * count
-                # It is made while the head's values lie there once more; what is packed later is not there.
-                extra = max(extra - of_flash, 0) if quant == "f16" else 0
-            elif quant == "f16":  # in three forms at once, but little yet of ONNX Runtime's own
-                extra += stored - RUNTIME_BYTES
-    return Held(packed, mapped, looked, max(extra, 0))
+        if name != head:
+            continue
+        extra = stored if blocks else 4 * count
+        if not blocks and by.get(name):
+            packed += 4 * count
+            extra = extra - of_flash if quant == "f16" else 0
+        elif not blocks and quant == "f16":  # in all three forms, before what ONNX Runtime takes of its own
+            extra += stored - of_flash - RUNTIME_BYTES
+    return Held(packed, mapped, rows, tables, max(extra, 0))
 
 
 def _flash_bytes(graph: Graph, by: Mapping[str, bool]) -> tuple[int, int]:
@@ -151,7 +160,8 @@ def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[
     spec, tokens = directory.spec, min(context, CHUNK)
     flash = directory.flash_head is not None
     kv = kv or directory.kv
-    weights = held(spec, quant or directory.quant, graph, flash, head != "dense")
+    quant = quant or directory.quant
+    weights = held(spec, quant, graph, flash)
     attention = [layer.window for layer in spec.layers if layer.kind == "attention"]
     kv_heads = max((layer.n_kv_heads for layer in spec.layers), default=0)
     repeated = 2 if context > 2 * CHUNK else 1
@@ -176,14 +186,16 @@ def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[
         Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
         Part("tokenizer", case.tokenizer, "with the metadata it is made of"),
     ]
-    rare = directory.flash_head["rare"] if directory.flash_head and head != "dense" else 0
-    looked_up = 1 + rare / FLASH_ROWS
-    rows = round(weights.rows * (1 - math.exp(-context * looked_up * ROW_BYTES / weights.rows)))
-    loading = weights.extra - rows - sum(part.bytes for part in later)
+    used = directory.flash_head if head != "dense" else None
+    looked_up = TOKENS * context**GROWTH + (FLASH_STEPS * used["rare"] if used else 0)
+    rows = rows_bytes(weights.rows, looked_up, quant)
+    tables = weights.tables if used else 0
+    loading = weights.extra - rows - tables - sum(part.bytes for part in later)
     found = [
         Part("weights, packed", weights.packed, "as ONNX Runtime multiplies with them"),
         Part("weights, mapped", weights.mapped, "scales, in model.onnx.data"),
         Part("rows, mapped", rows, "that are looked up in model.onnx.data"),
+        Part("FlashHead, mapped", tables, "its tables, in model.onnx.data"),
         *later,
         Part("loading", max(loading, 0), "on top while the graph loads"),
         Part("graph", NODE_BYTES * sum(1 for _ in all_nodes(graph)), "of the nodes of ONNX Runtime"),
@@ -191,6 +203,12 @@ def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[
         Part("Python", PYTHON_BYTES, "and its libraries"),
     ]
     return tuple(part for part in found if part.bytes)
+
+
+def rows_bytes(size: int, tokens: float, quant: str) -> int:
+    """What is mapped of ``size`` bytes of rows when those of ``tokens`` different tokens were read."""
+    around = AROUND if quant in ("int4", "int8") else AROUND_FLOATS
+    return round(size * (1 - math.exp(-SHARE * (tokens * around / size) ** TOGETHER)))
 
 
 def scores_bytes(spec: ModelSpec, kv: str, context: int) -> int:
