@@ -42,9 +42,9 @@ ACTIVATIONS = 1.5  # times the values of a layer: what a pass takes of the arena
 # A text of n tokens has TOKENS * n**GROWTH different ones (Heaps' law). With the row of one the system maps
 # AROUND bytes, of floats more than of codes; SHARE and TOGETHER say how near in the vocabulary they are.
 TOKENS, GROWTH = 3.4, 0.68
-AROUND, AROUND_FLOATS = 3 << 16, 5 << 18
+AROUND, AROUND_FLOATS = 5 << 15, 7 << 17
 SHARE, TOGETHER = 0.35, 0.68
-FLASH_STEPS = 8  # that score other rows with a FlashHead; those of later ones were there before
+FLASH_STEPS = 10  # that score other rows with a FlashHead; those of later ones were there before
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,21 @@ def _flash_bytes(graph: Graph, by: Mapping[str, bool]) -> tuple[int, int]:
 
 
 def products(graph: Graph) -> dict[str, bool]:
-    """What is multiplied with, and whether a Cast or Transpose within a branch makes it of an initializer:
-    this copy stays beside the packed one. In the outermost graph it goes."""
+    """The initializers that are multiplied with, and whether a Cast or a Transpose within a branch makes of
+    them what is multiplied with: this copy stays beside the packed one. In the outermost graph it goes."""
+    stored = {tensor.name for tensor in graph.initializers}
     made = {node.outputs[0]: node for node in all_nodes(graph) if node.op in ("Cast", "Transpose")}
     outer = {node.outputs[0] for node in graph.nodes}
     found: dict[str, bool] = {}
     for node in all_nodes(graph):
         if node.op in ("MatMul", "MatMulNBits"):
             name, kept = node.inputs[1], False
-            while name in made:
-                kept = kept or name not in outer
-                name = made[name].inputs[0]
-            found[name] = kept
+            for _ in range(2):  # one of each at most
+                if name in made:
+                    kept = kept or name not in outer
+                    name = made[name].inputs[0]
+            if name in stored:
+                found[name] = kept
     return found
 
 

@@ -20,8 +20,9 @@ from edgert import onnx_plan
 from edgert.errors import PlanError, UsageError
 from edgert.onnx_directory import QUANTS, OnnxDirectory
 from edgert.onnx_interface import ITEM_BYTES
-from edgert.onnx_memory import held, kv_bytes
+from edgert.onnx_memory import AROUND, held, kv_bytes, products, rows_bytes
 from edgert.onnx_plan import OnnxCase, fitting, needed_bytes
+from edgert.onnx_wire import Graph, Node, Tensor
 from edgert.rates import rates_for
 
 MB = 1_000_000
@@ -52,9 +53,64 @@ def test_weights_are_those_of_the_graph(name: str, quant: str) -> None:
     rows = [n.input[0] for n in graph.node if n.op_type in ("GatherBlockQuantized", "Gather")]
     spec = case.directory.spec
     found = held(spec, quant, case.graph, False)
-    assert found.packed == packed
+    assert found.packed == packed and found.tables == 0
     assert found.rows == sum(size[name] for name in rows if name in size and "const" not in name)
     assert found.mapped == sum(size[name] for name in size if name.endswith(".scales"))
+
+
+def multiplied(path: str, outer: str) -> tuple[Node, ...]:
+    """Nodes that multiply with "w" by ``path`` of operators, those of ``outer`` outside the branch."""
+    inner, outside, name = list[Node](), list[Node](), "w"
+    for op in path.split():
+        node = Node(op, "", op, (name,), (op,), {}, {})
+        (outside if op in outer.split() else inner).append(node)
+        name = op
+    inner.append(Node("MatMul", "", "m", ("x", name), ("y",), {}, {}))
+    branch = Graph(tuple(inner), (), (), ())
+    return (*outside, Node("If", "", "i", ("c",), ("y",), {"then_branch": branch}, {}))
+
+
+@pytest.mark.parametrize(
+    ("path", "outer", "kept"),
+    [
+        ("", "", False),
+        ("Transpose", "", True),
+        ("Cast Transpose", "Cast", True),
+        ("Cast Transpose", "Cast Transpose", False),
+    ],
+)
+def test_what_a_branch_makes_of_a_matrix_stays(path: str, outer: str, kept: bool) -> None:
+    weight = Tensor("w", 1, (4, 4), 64, None)
+    assert products(Graph(multiplied(path, outer), (weight,), (), ())) == {"w": kept}
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("recipe", ["clusters+lowrank", "lowrank", "clusters"])
+def test_a_flash_head_takes_no_head_twice(quant: str, recipe: str) -> None:
+    """Its own matrices are packed beside the dense head, its tables are mapped once it is used."""
+    case, plain = case_of(exported("llama", quant, recipe), "flash"), case_of(exported("llama", quant))
+    assert not any(products(case.graph).values())
+    spec, own = case.directory.spec, case.graph.initializers
+    found, without = held(spec, quant, case.graph, True), held(spec, quant, plain.graph, False)
+    size = {
+        t.name: ITEM_BYTES[t.dtype] * math.prod(t.dims) for t in own if t.name.startswith(("head.", "flash."))
+    }
+    packed = sum(size[name] for name in products(case.graph) if name in size)
+    assert packed and packed <= found.packed - without.packed <= 2 * packed
+    assert found.tables == sum(size.values()) - packed
+    named = {part.name: part.bytes for part in case.memory(100)}
+    assert named["FlashHead, mapped"] == found.tables
+    assert "FlashHead, mapped" not in {
+        part.name for part in case_of(case.directory.path, "dense").memory(100)
+    }
+
+
+def test_rows_of_a_text_are_mapped_with_what_lies_around() -> None:
+    """More of them the longer the text and the less there are; never more than all."""
+    found = [rows_bytes(10**8, n, "int8") for n in (50, 500, 5000, 10**6)]
+    assert found == sorted(found) and found[-1] <= 10**8
+    assert 50 * 640 < found[0] < 50 * AROUND
+    assert rows_bytes(10**7, 500, "int8") / 10**7 > rows_bytes(10**8, 500, "int8") / 10**8
 
 
 def test_caches_are_those_of_a_session() -> None:
