@@ -78,8 +78,8 @@ json.dump([peak, rounds, min(prompts), stats.generated_tokens, onnxruntime.__ver
 
 @dataclass(frozen=True)
 class OnnxRow(Row):
-    """Also a prompt of ``context`` - GENERATED tokens, in seconds; ``kv`` is the type of the weights and
-    ``quiet`` whether nobody else was busy."""
+    """Also a prompt of ``context`` - GENERATED tokens, in seconds; ``kv`` is what was exported and ``quiet``
+    whether times were taken and nobody else was busy."""
 
     planned_prompt: float
     measured_prompt: float
@@ -164,7 +164,7 @@ def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
     seconds, bandwidth = settle(run.rounds, predicted) if run.rounds else (math.nan, rates.bandwidth)
     return OnnxRow(
         model=directory.name,
-        kv=f"{directory.quant}, kv {directory.kv}",
+        kv=f"{directory.quant}, kv {directory.kv}{', FlashHead' if directory.flash_head else ''}",
         head=run.head,
         context=run.context,
         planned_bytes=case.needed(prompt + run.generated),
@@ -182,17 +182,20 @@ def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
 def table(rows: list[OnnxRow], sparse: list[SparseRow], machine: str) -> str:
     """Markdown, with the errors and whether the targets hold."""
     quiet = [row for row in rows if row.quiet]
+    times = (
+        f" Then the time of a token in {ROUNDS} more generations, predicted from memory's speed around each, "
+        "and the shortest time of a prompt; times are left out where none was taken and where memory gave "
+        f"less than {QUIET:.0%} of what the doctor measured: others were busy."
+    )
     lines = [
         f"# What `edgert plan` says of ONNX exports beside what runs take: {machine}",
         "",
         f"`python -m edgert.bench.plan_check_onnx`, ONNX Runtime {rows[0].version} on the CPU. Peak resident "
-        f"memory of a process that loads, reads a prompt and generates {GENERATED} tokens; time of a token in"
-        f" {ROUNDS} more generations, predicted from memory's speed around each; shortest time of a prompt. "
-        f"Times are left out where none was taken and where memory gave less than {QUIET:.0%} of what the "
-        "doctor measured: others were busy.",
+        f"memory of a process that loads, reads a text and generates {GENERATED} tokens.{times if quiet else ''}",
         "",
         verdict(rows, "token", DECODE_MEDIAN)[0],
     ]
+    columns = ["model", "types", "head", "context", "peak planned", "measured", "off"]
     if quiet:
         prompts = [abs(r.planned_prompt / r.measured_prompt - 1) for r in quiet]
         lines += [
@@ -200,12 +203,9 @@ def table(rows: list[OnnxRow], sparse: list[SparseRow], machine: str) -> str:
             f"- time of a prompt: off by {statistics.median(prompts):.1%} at the median, {max(prompts):.1%} "
             "at worst",
         ]
-    columns = (
-        *("model", "types", "head", "context", "peak planned", "measured", "off"),
-        *("token planned", "measured", "off", "prompt planned", "measured", "off", "GB/s"),
-    )
+        columns += ["token planned", "measured", "off", "prompt planned", "measured", "off", "GB/s"]
     lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    lines += [f"| {' | '.join(_cells(row)[: len(columns)])} |" for row in rows]
     if sparse:
         lines += [
             *("", "## Sparse attention", ""),
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="1024", metavar="N,…")
     args = parser.parse_args()
     rates = rates_for(None, 0)
-    if not rates.measured:
+    if args.rounds and not rates.measured:
         raise SystemExit("run `edgert doctor` first: the plan needs its measurements")
     kept = [json.loads(line) for line in args.runs.read_text().splitlines()] if args.runs.exists() else []
     runs = {known.key: known for known in (Run(**values) for values in kept if "taken" not in values)}
