@@ -191,7 +191,8 @@ def table(rows: list[OnnxRow], sparse: list[SparseRow], machine: str) -> str:
         f"# What `edgert plan` says of ONNX exports beside what runs take: {machine}",
         "",
         f"`python -m edgert.bench.plan_check_onnx`, ONNX Runtime {rows[0].version} on the CPU. Peak resident "
-        f"memory of a process that loads, reads a text and generates {GENERATED} tokens.{times if quiet else ''}",
+        f"memory of a process that loads, reads a text and generates {GENERATED} tokens."
+        f"{times if quiet else ''}",
         "",
         verdict(rows, "token", DECODE_MEDIAN)[0],
     ]
