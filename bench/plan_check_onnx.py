@@ -276,10 +276,11 @@ def main() -> None:
                 keep(runs[key])
             row = row_of(runs[key], directory, rates)
             rows.append(row)
-            say(
-                f"{row.model} {row.kv} {head} {context}: memory {row.memory_error:+.1%}, "
-                f"time {row.time_error:+.1%}, prompt {row.planned_prompt / row.measured_prompt - 1:+.1%}"
+            times = (
+                f", time {row.time_error:+.1%}, prompt {row.planned_prompt / row.measured_prompt - 1:+.1%}"
             )
+            text = f"{row.model}, {row.kv}, {head}, {context}: memory {row.memory_error:+.1%}"
+            say(text + times * bool(runs[key].rounds))
         grid = product(numbers(args.sparse), numbers(args.budgets), (False, True))
         for context, budget, on_disk in grid:
             found = sparse_runs.get((directory.sha256, budget, context, on_disk))

@@ -185,7 +185,7 @@ def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[
         *cached,
         Part("convolution state", state if convolutions else 0, f"after each of the last {STATES} passes"),
         Part("activations", round(4 * repeated * ACTIVATIONS * wide * tokens), "buffers of a pass"),
-        Part("attention scores", repeated * scores_bytes(spec, kv, context), "of a pass, for every slot"),
+        Part("attention scores", scores_bytes(spec, kv, context), "of a pass, for every slot"),
         Part("logits", 4 * spec.vocab_size * scored, "of the tokens that are scored at once"),
         Part("tokenizer", case.tokenizer, "with the metadata it is made of"),
     ]
@@ -216,13 +216,15 @@ def rows_bytes(size: int, tokens: float, quant: str) -> int:
 
 def scores_bytes(spec: ModelSpec, kv: str, context: int) -> int:
     """Scores of the layer with the most slots for all tokens of a pass and all heads: the kernel for float32
-    goes through keys piece by piece, that for float16 has them all at once."""
+    goes through keys piece by piece, that for float16 has them all at once. Where all layers have as many
+    slots, a text of more than one full pass took them twice in the arena, else once."""
     from .engines.onnx import CHUNK
 
     if kv == "f32":
         return 0
     slots = [slots_in_use(spec, n.window, context) for n in spec.layers if n.kind == "attention"]
-    return 4 * spec.n_heads * min(context, CHUNK) * max(slots, default=0)
+    copies = 2 if context > 2 * CHUNK and len(set(slots)) == 1 else 1
+    return 4 * copies * spec.n_heads * min(context, CHUNK) * max(slots, default=0)
 
 
 def _layers(window: int) -> str:

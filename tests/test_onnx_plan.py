@@ -20,7 +20,7 @@ from edgert import onnx_plan
 from edgert.errors import PlanError, UsageError
 from edgert.onnx_directory import QUANTS, OnnxDirectory
 from edgert.onnx_interface import ITEM_BYTES
-from edgert.onnx_memory import AROUND, held, kv_bytes, products, rows_bytes
+from edgert.onnx_memory import AROUND, held, kv_bytes, products, rows_bytes, scores_bytes
 from edgert.onnx_plan import OnnxCase, fitting, needed_bytes
 from edgert.onnx_wire import Graph, Node, Tensor
 from edgert.rates import rates_for
@@ -126,6 +126,15 @@ def test_caches_are_those_of_a_session() -> None:
             slots = {buffer.value.shape()[2] for buffer in buffers}
             assert sum(kv_bytes(spec, "f32", 190).values()) == session._sequence.nbytes
             assert min(slots) >= 190  # a tiny window with its spare room holds more
+
+
+def test_scores_of_float16_keys() -> None:
+    """As ONNX Runtime 1.32 took them on x86 (bench/results/amd-epyc-2-cores-plan-onnx.md)."""
+    every, some = (OnnxDirectory.open(exported(name)).spec for name in ("llama", "gemma3"))
+    assert scores_bytes(every, "f32", 4000) == 0
+    assert scores_bytes(every, "f16", 100) == 4 * every.n_heads * 100 * 100
+    assert scores_bytes(every, "f16", 4000) == 2 * 4 * every.n_heads * 256 * 4000
+    assert scores_bytes(some, "f16", 4000) == 4 * some.n_heads * 256 * 4000
 
 
 def test_windowed_layers_stop_growing() -> None:
