@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgert.errors import EngineError, UsageError
 from edgert.onnx_kernels import LISTED, without_kernel
+from edgert.platforms.huge_pages import collapse
 from edgert.platforms.state import detect_l4t
 
 if TYPE_CHECKING:
@@ -178,4 +179,6 @@ def load_graph(
             f"provider={provider!r} leaves {what} of {graph} to the processor: export with another --quant, "
             "or take provider='cpu'"
         )
+    if provider == "cpu":
+        collapse()  # the packed weights
     return Loaded(session, dict(nodes), "cpu" if provider == "cpu" else "cuda")
