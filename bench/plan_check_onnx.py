@@ -276,11 +276,11 @@ def main() -> None:
                 keep(runs[key])
             row = row_of(runs[key], directory, rates)
             rows.append(row)
-            times = (
-                f", time {row.time_error:+.1%}, prompt {row.planned_prompt / row.measured_prompt - 1:+.1%}"
-            )
             text = f"{row.model}, {row.kv}, {head}, {context}: memory {row.memory_error:+.1%}"
-            say(text + times * bool(runs[key].rounds))
+            if runs[key].rounds:
+                prompt = row.planned_prompt / row.measured_prompt - 1
+                text += f", time {row.time_error:+.1%}, prompt {prompt:+.1%}"
+            say(text)
         grid = product(numbers(args.sparse), numbers(args.budgets), (False, True))
         for context, budget, on_disk in grid:
             found = sparse_runs.get((directory.sha256, budget, context, on_disk))
