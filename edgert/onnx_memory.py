@@ -81,8 +81,8 @@ def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
         extra = stored if blocks else 4 * count
         if not blocks and by.get(name):
             packed += 4 * count
-            extra = extra - of_flash if quant == "f16" else 0
-        elif not blocks and quant == "f16":  # in all three forms, before what ONNX Runtime takes of its own
+            extra = extra - of_flash if quant != "f32" else 0
+        elif not blocks and quant != "f32":  # in all three forms, before what ONNX Runtime takes of its own
             extra += stored - of_flash - RUNTIME_BYTES
     return Held(packed, mapped, rows, tables, max(extra, 0))
 
