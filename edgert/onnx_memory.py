@@ -40,11 +40,11 @@ NODE_BYTES = 12_000  # of a session for each node of its graph
 BLOCK_BYTES = 8  # of a packed block beside its codes: scale and sum
 ACTIVATIONS = 1.5  # times the values of a layer: what a pass takes of the arena
 # A text of n tokens has TOKENS * n**GROWTH different ones (Heaps' law). With the row of one the system maps
-# AROUND bytes, of floats more than of codes; SHARE and TOGETHER say how near in the vocabulary they are.
+# AROUND bytes; SHARE and TOGETHER say how near in the vocabulary they are.
 TOKENS, GROWTH = 3.4, 0.68
-AROUND, AROUND_FLOATS = 5 << 15, 7 << 17
+AROUND = {"int4": 1 << 17, "int8": 3 << 16, "f16": 9 << 17, "f32": 9 << 17}
 SHARE, TOGETHER = 0.35, 0.68
-FLASH_STEPS = 10  # that score other rows with a FlashHead; those of later ones were there before
+FLASH_STEPS = 8  # that score other rows with a FlashHead; those of later ones were there before
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,7 @@ def parts(case: OnnxCase, context: int, quant: str = "", kv: str = "") -> tuple[
 
 def rows_bytes(size: int, tokens: float, quant: str) -> int:
     """What is mapped of ``size`` bytes of rows when those of ``tokens`` different tokens were read."""
-    around = AROUND if quant in ("int4", "int8") else AROUND_FLOATS
-    return round(size * (1 - math.exp(-SHARE * (tokens * around / size) ** TOGETHER)))
+    return round(size * (1 - math.exp(-SHARE * (tokens * AROUND[quant] / size) ** TOGETHER)))
 
 
 def scores_bytes(spec: ModelSpec, kv: str, context: int) -> int:

@@ -110,7 +110,7 @@ def test_rows_of_a_text_are_mapped_with_what_lies_around() -> None:
     """More of them the longer the text and the less there are; never more than all."""
     found = [rows_bytes(10**8, n, "int8") for n in (50, 500, 5000, 10**6)]
     assert found == sorted(found) and found[-1] <= 10**8
-    assert 50 * 640 < found[0] < 50 * AROUND
+    assert 50 * 640 < found[0] < 50 * AROUND["int8"]
     assert rows_bytes(10**7, 500, "int8") / 10**7 > rows_bytes(10**8, 500, "int8") / 10**8
 
 
