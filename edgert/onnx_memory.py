@@ -42,8 +42,9 @@ ACTIVATIONS = 1.5  # times the values of a layer: what a pass takes of the arena
 # A text of n tokens has TOKENS * n**GROWTH different ones (Heaps' law). With the row of one the system maps
 # AROUND bytes; SHARE and TOGETHER say how near in the vocabulary they are.
 TOKENS, GROWTH = 3.4, 0.68
-AROUND = {"int4": 1 << 17, "int8": 3 << 16, "f16": 9 << 17, "f32": 9 << 17}
+AROUND = {"int4": 1 << 17, "int8": 3 << 16, "f16": 3 << 18, "f32": 3 << 18}
 SHARE, TOGETHER = 0.35, 0.68
+SLOTS_AGAIN = 6200  # for which a long text had scores twice in the arena, where all layers have as many
 FLASH_STEPS = 8  # that score other rows with a FlashHead; those of later ones were there before
 
 
@@ -216,14 +217,15 @@ def rows_bytes(size: int, tokens: float, quant: str) -> int:
 def scores_bytes(spec: ModelSpec, kv: str, context: int) -> int:
     """Scores of the layer with the most slots for all tokens of a pass and all heads: the kernel for float32
     goes through keys piece by piece, that for float16 has them all at once. Where all layers have as many
-    slots, a text of more than one full pass took them twice in the arena, else once."""
+    slots, a text of more than one full pass had most of them twice in the arena, else once."""
     from .engines.onnx import CHUNK
 
     if kv == "f32":
         return 0
-    slots = [slots_in_use(spec, n.window, context) for n in spec.layers if n.kind == "attention"]
-    copies = 2 if context > 2 * CHUNK and len(set(slots)) == 1 else 1
-    return 4 * copies * spec.n_heads * min(context, CHUNK) * max(slots, default=0)
+    slots = {slots_in_use(spec, n.window, context) for n in spec.layers if n.kind == "attention"}
+    most = max(slots, default=0)
+    again = min(most, SLOTS_AGAIN) if context > 2 * CHUNK and len(slots) == 1 else 0
+    return 4 * spec.n_heads * min(context, CHUNK) * (most + again)
 
 
 def _layers(window: int) -> str:

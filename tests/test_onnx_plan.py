@@ -21,7 +21,7 @@ from edgert import onnx_plan
 from edgert.errors import PlanError, UsageError
 from edgert.onnx_directory import QUANTS, OnnxDirectory
 from edgert.onnx_interface import ITEM_BYTES
-from edgert.onnx_memory import AROUND, held, kv_bytes, products, rows_bytes, scores_bytes
+from edgert.onnx_memory import AROUND, SLOTS_AGAIN, held, kv_bytes, products, rows_bytes, scores_bytes
 from edgert.onnx_plan import OnnxCase, fitting, needed_bytes
 from edgert.onnx_wire import Graph, Node, Tensor
 from edgert.rates import rates_for
@@ -135,6 +135,7 @@ def test_scores_of_float16_keys() -> None:
     assert scores_bytes(every, "f32", 4000) == 0
     assert scores_bytes(every, "f16", 100) == 4 * every.n_heads * 100 * 100
     assert scores_bytes(every, "f16", 4000) == 2 * 4 * every.n_heads * 256 * 4000
+    assert scores_bytes(every, "f16", 8000) == 4 * every.n_heads * 256 * (8000 + SLOTS_AGAIN)
     assert scores_bytes(some, "f16", 4000) == 4 * some.n_heads * 256 * 4000
 
 
