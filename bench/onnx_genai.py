@@ -1,7 +1,10 @@
-"""Directories in onnxruntime-genai, in turns: ``python -m edgert.bench.onnx_genai DIR DIR ...``.
+"""Exports beside what onnxruntime-genai's own builder makes of the same weights: ``python -m
+edgert.bench.onnx_genai DIR DIR ...``.
 
-For comparing an export with what onnxruntime-genai's own builder makes of the same weights. Times are the
-process's time on the CPU with one thread; ``--wall`` gives elapsed time with ``--threads``.
+Every directory is run in onnxruntime-genai, and edgert's in edgert's engine too, dense head, greedy. The same
+graph is faster or slower by a tenth from one process to the next, as its memory happens to lie; so every
+figure is of several processes that take turns. Times are elapsed ones with ``--threads``; ``--cpu`` gives
+those of the processors, for a machine that is not quiet (with one thread: others spin).
 """
 
 from __future__ import annotations
@@ -9,49 +12,121 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime_genai as genai
 
-PROMPT, STEPS, ROUNDS = 128, 40, 4
+from edgert.onnx_directory import ABOUT
+
+PROMPT, STEPS, ROUNDS, CONTEXT = 128, 40, 3, 512
+ENGINE, GENAI = "edgert", "onnxruntime-genai"
+# What a run offers: a function that reads a prompt and one that makes a step, each with its token.
+Run = tuple[Callable[[list[int]], None], Callable[[], None]]
+
+
+def in_genai(directory: Path, threads: int) -> Callable[[], Run]:
+    import onnxruntime_genai as genai
+
+    config = genai.Config(str(directory))
+    options = {"intra_op_num_threads": threads}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    model = genai.Model(config)
+
+    def start() -> Run:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=CONTEXT, min_length=CONTEXT, do_sample=False)
+        generator = genai.Generator(model, parameters)
+
+        def prompt(tokens: list[int]) -> None:
+            generator.append_tokens(np.array(tokens, np.int32))
+            generator.generate_next_token()
+
+        return prompt, generator.generate_next_token
+
+    return start
+
+
+def in_engine(directory: Path, threads: int) -> Callable[[], Run]:
+    import edgert
+
+    model = edgert.load(directory, head="dense", threads=threads, context=CONTEXT)
+
+    def start() -> Run:
+        session, last = model.engine.session(CONTEXT), 0
+
+        def prompt(tokens: list[int]) -> None:
+            nonlocal last
+            last = int(session.prefill(tokens).argmax())
+
+        def step() -> None:
+            nonlocal last
+            last = int(session.step(last).argmax())
+
+        return prompt, step
+
+    return start
+
+
+def measure(directory: Path, runtime: str, threads: int, cpu: bool) -> dict[str, float]:
+    """Milliseconds of the shortest prompt and step of a process's :data:`ROUNDS`."""
+    clock = time.process_time if cpu else time.perf_counter
+    start = (in_genai if runtime == GENAI else in_engine)(directory, threads)
+    tokens = np.random.default_rng(0).integers(100, 5000, PROMPT).tolist()
+    prompts, steps = [], []
+    for _ in range(ROUNDS):
+        prompt, step = start()
+        began = clock()
+        prompt(tokens)
+        prompts.append(1000 * (clock() - began))
+        for _ in range(STEPS):
+            began = clock()
+            step()
+            steps.append(1000 * (clock() - began))
+    return {"prompt": min(prompts), "step": min(steps), "median": statistics.median(steps)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m edgert.bench.onnx_genai")
     parser.add_argument("directory", type=Path, nargs="+")
-    parser.add_argument("--wall", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--processes", type=int, default=5, help="of each row")
+    parser.add_argument("--runtime", choices=(ENGINE, GENAI), help=argparse.SUPPRESS)  # of one process
     args = parser.parse_args()
-    clock = time.perf_counter if args.wall else time.process_time
-    tokens = np.random.default_rng(0).integers(100, 5000, PROMPT).astype(np.int32)
-    models: dict[Path, tuple[Any, list[float], list[float]]] = {}
+    if args.runtime:
+        print(json.dumps(measure(args.directory[0], args.runtime, args.threads, args.cpu)))
+        return 0
+    rows: dict[tuple[Path, str], list[dict[str, float]]] = {}
     for directory in args.directory:
-        config = genai.Config(str(directory))
-        threads = {"intra_op_num_threads": args.threads}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
-        models[directory] = genai.Model(config), [], []
-    for _ in range(ROUNDS):
-        for model, prompts, steps in models.values():
-            options = genai.GeneratorParams(model)
-            options.set_search_options(max_length=512, min_length=512, do_sample=False)
-            generator = genai.Generator(model, options)
-            began = clock()
-            generator.append_tokens(tokens)
-            generator.generate_next_token()
-            prompts.append(1000 * (clock() - began))
-            for _ in range(STEPS):
-                began = clock()
-                generator.generate_next_token()
-                steps.append(1000 * (clock() - began))
-    print(f"| directory | prompt of {PROMPT}, ms: least | step, ms: least | median |\n|---|---|---|---|")
-    for directory, (_, prompts, steps) in models.items():
-        median = statistics.median(steps)
-        print(f"| {directory.name} | {min(prompts):.1f} | {min(steps):.2f} | {median:.2f} |")
+        rows[directory, GENAI] = []
+        if (directory / ABOUT).exists():
+            rows[directory, ENGINE] = []
+    for turn in range(args.processes):
+        for directory, runtime in sorted(rows, reverse=bool(turn % 2)):
+            rows[directory, runtime].append(_process(directory, runtime, args))
+            print(f"  {directory.name} in {runtime}: {rows[directory, runtime][-1]}", file=sys.stderr)
+    print(f"| directory | in | prompt of {PROMPT}, ms | step, ms | median step |\n|---|---|---|---|---|")
+    for (directory, runtime), found in rows.items():
+        cells = (_spread([one[key] for one in found]) for key in ("prompt", "step", "median"))
+        print(f"| {directory.name} | {runtime} | {' | '.join(cells)} |")
     return 0
+
+
+def _process(directory: Path, runtime: str, args: Any) -> dict[str, float]:
+    command = [sys.executable, "-m", "edgert.bench.onnx_genai", str(directory), "--runtime", runtime]
+    command += ["--threads", str(args.threads), *["--cpu"] * args.cpu]
+    found = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    measured: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
+    return measured
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 if __name__ == "__main__":
