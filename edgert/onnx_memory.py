@@ -42,7 +42,7 @@ ACTIVATIONS = 1.5  # times the values of a layer: what a pass takes of the arena
 # A text of n tokens has TOKENS * n**GROWTH different ones (Heaps' law). With the row of one the system maps
 # AROUND bytes; SHARE and TOGETHER say how near in the vocabulary they are.
 TOKENS, GROWTH = 3.4, 0.68
-AROUND = {"int4": 1 << 17, "int8": 3 << 16, "f16": 3 << 18, "f32": 3 << 18}
+AROUND = {"int4": 1 << 17, "int8": 3 << 16, "f16": 5 << 17, "f32": 5 << 17}
 SHARE, TOGETHER = 0.35, 0.68
 SLOTS_AGAIN = 6200  # for which a long text had scores twice in the arena, where all layers have as many
 FLASH_STEPS = 8  # that score other rows with a FlashHead; those of later ones were there before
