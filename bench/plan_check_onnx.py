@@ -2,9 +2,11 @@
 ``python -m edgert.bench.plan_check_onnx RUNS.jsonl DIR ...``.
 
 As :mod:`edgert.bench.plan_check`, with ONNX Runtime on the CPU: every run is a process of its own that loads
-an export, reads a prompt of prose and generates, and does so again ROUNDS times for the time, with memory's
-speed probed in between. Times count where memory gave at least QUIET of what the doctor measured: elsewhere
-others were busy. Runs are kept in a file as they come, and those that it has are not made again.
+an export, reads a text and generates, and does so again ``--rounds`` times for the time, with memory's speed
+probed in between (0: for the memory alone). Times count where memory gave at least QUIET of what the doctor
+measured: elsewhere others were busy. Runs are kept in a file as they come, and those that it has are not made
+again. The text is that of :mod:`edgert.bench.eval_texts`: how many different tokens there are in it says how
+many rows of the embeddings are read.
 
 With sparse attention a run is one of :mod:`edgert.bench.plan_check_sparse`: steps along a text, with all of
 the store in memory, and under a limit of memory with which a quarter of its pages stay there, or the fewest
@@ -42,14 +44,12 @@ from edgert.bench.plan_check_sparse import (
     text_of,
 )
 from edgert.bench.plan_check_sparse import row_of as sparse_row
-from edgert.bench.text import prose
 
 from edgert.onnx_directory import OnnxDirectory
 from edgert.onnx_plan import OnnxCase
 from edgert.onnx_time import decode_steps, prefill_steps
 from edgert.placement import PAGE, UNSURE, place
 from edgert.rates import Rates, rates_for
-from edgert.tokenizer import Tokenizer
 
 ROUNDS = 4
 QUIET = 0.85
@@ -78,8 +78,8 @@ json.dump([peak, rounds, min(prompts), stats.generated_tokens, onnxruntime.__ver
 
 @dataclass(frozen=True)
 class OnnxRow(Row):
-    """Also a prompt of ``context`` - GENERATED tokens, in seconds; ``kv`` is the type of the weights and
-    ``quiet`` whether nobody else was busy."""
+    """Also a prompt of ``context`` - GENERATED tokens, in seconds; ``kv`` is what was exported and ``quiet``
+    whether times were taken and nobody else was busy."""
 
     planned_prompt: float
     measured_prompt: float
@@ -105,9 +105,9 @@ class Run:
         return self.sha256, self.head, self.context
 
 
-def run(directory: OnnxDirectory, head: str, context: int, threads: int) -> Run:
-    ids = Tokenizer.from_gguf(directory.metadata).encode(prose(9000))[: context - GENERATED]
-    job = [str(directory.path), head, context, GENERATED, ids, threads, PROBE_SECONDS, ROUNDS]
+def run(directory: OnnxDirectory, head: str, context: int, threads: int, rounds: int) -> Run:
+    ids = text_of(directory.metadata, context)[: context - GENERATED]
+    job = [str(directory.path), head, context, GENERATED, ids, threads, PROBE_SECONDS, rounds]
     return Run(
         directory.sha256, head, context, *in_process(_CHILD, job, f"{directory.path} {head} {context}")
     )
@@ -161,10 +161,10 @@ def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
         steps = decode_steps(case, replace(rates, bandwidth=bandwidth), prompt + run.generated // 2)
         return sum(step.seconds for step in steps)
 
-    seconds, bandwidth = settle(run.rounds, predicted)
+    seconds, bandwidth = settle(run.rounds, predicted) if run.rounds else (math.nan, rates.bandwidth)
     return OnnxRow(
         model=directory.name,
-        kv=f"{directory.quant}, kv {directory.kv}",
+        kv=f"{directory.quant}, kv {directory.kv}{', FlashHead' if directory.flash_head else ''}",
         head=run.head,
         context=run.context,
         planned_bytes=case.needed(prompt + run.generated),
@@ -174,7 +174,7 @@ def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
         bandwidth=bandwidth,
         planned_prompt=sum(step.seconds for step in prefill_steps(case, rates, prompt)),
         measured_prompt=run.prompt_seconds,
-        quiet=bandwidth >= QUIET * rates.bandwidth,
+        quiet=bool(run.rounds) and bandwidth >= QUIET * rates.bandwidth,
         version=run.version,
     )
 
@@ -182,17 +182,21 @@ def row_of(run: Run, directory: OnnxDirectory, rates: Rates) -> OnnxRow:
 def table(rows: list[OnnxRow], sparse: list[SparseRow], machine: str) -> str:
     """Markdown, with the errors and whether the targets hold."""
     quiet = [row for row in rows if row.quiet]
+    times = (
+        f" Then the time of a token in {ROUNDS} more generations, predicted from memory's speed around each, "
+        "and the shortest time of a prompt; times are left out where none was taken and where memory gave "
+        f"less than {QUIET:.0%} of what the doctor measured: others were busy."
+    )
     lines = [
         f"# What `edgert plan` says of ONNX exports beside what runs take: {machine}",
         "",
         f"`python -m edgert.bench.plan_check_onnx`, ONNX Runtime {rows[0].version} on the CPU. Peak resident "
-        f"memory of a process that loads, reads a prompt and generates {GENERATED} tokens; time of a token in"
-        f" {ROUNDS} more generations, predicted from memory's speed around each; shortest time of a prompt. "
-        f"Times are left out where memory gave less than {QUIET:.0%} of what the doctor measured: others "
-        "were busy.",
+        f"memory of a process that loads, reads a text and generates {GENERATED} tokens."
+        f"{times if quiet else ''}",
         "",
         verdict(rows, "token", DECODE_MEDIAN)[0],
     ]
+    columns = ["model", "types", "head", "context", "peak planned", "measured", "off"]
     if quiet:
         prompts = [abs(r.planned_prompt / r.measured_prompt - 1) for r in quiet]
         lines += [
@@ -200,12 +204,9 @@ def table(rows: list[OnnxRow], sparse: list[SparseRow], machine: str) -> str:
             f"- time of a prompt: off by {statistics.median(prompts):.1%} at the median, {max(prompts):.1%} "
             "at worst",
         ]
-    columns = (
-        *("model", "types", "head", "context", "peak planned", "measured", "off"),
-        *("token planned", "measured", "off", "prompt planned", "measured", "off", "GB/s"),
-    )
+        columns += ["token planned", "measured", "off", "prompt planned", "measured", "off", "GB/s"]
     lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    lines += [f"| {' | '.join(_cells(row)[: len(columns)])} |" for row in rows]
     if sparse:
         lines += [
             *("", "## Sparse attention", ""),
@@ -241,11 +242,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.md", help="default: stdout")
     parser.add_argument("--contexts", default="128,512,2000,4000")
     parser.add_argument("--heads", default="dense,flash,exact", help="those that an export has are taken")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="generations for the time")
     parser.add_argument("--sparse", default="2000,4000,7900", metavar="N,…", help="its contexts")
     parser.add_argument("--budgets", default="1024", metavar="N,…")
     args = parser.parse_args()
     rates = rates_for(None, 0)
-    if not rates.measured:
+    if args.rounds and not rates.measured:
         raise SystemExit("run `edgert doctor` first: the plan needs its measurements")
     kept = [json.loads(line) for line in args.runs.read_text().splitlines()] if args.runs.exists() else []
     runs = {known.key: known for known in (Run(**values) for values in kept if "taken" not in values)}
@@ -270,14 +272,15 @@ def main() -> None:
                 continue
             key = directory.sha256, head, context
             if key not in runs:
-                runs[key] = run(directory, head, context, rates.threads)
+                runs[key] = run(directory, head, context, rates.threads, args.rounds)
                 keep(runs[key])
             row = row_of(runs[key], directory, rates)
             rows.append(row)
-            say(
-                f"{row.model} {row.kv} {head} {context}: memory {row.memory_error:+.1%}, "
-                f"time {row.time_error:+.1%}, prompt {row.planned_prompt / row.measured_prompt - 1:+.1%}"
-            )
+            text = f"{row.model}, {row.kv}, {head}, {context}: memory {row.memory_error:+.1%}"
+            if runs[key].rounds:
+                prompt = row.planned_prompt / row.measured_prompt - 1
+                text += f", time {row.time_error:+.1%}, prompt {prompt:+.1%}"
+            say(text)
         grid = product(numbers(args.sparse), numbers(args.budgets), (False, True))
         for context, budget, on_disk in grid:
             found = sparse_runs.get((directory.sha256, budget, context, on_disk))

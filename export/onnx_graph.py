@@ -38,7 +38,8 @@ class Graph:
 
     def __init__(self, data: BinaryIO, location: str) -> None:
         self._data, self._location, self._at = data, location, 0
-        self._nodes: list[onnx.NodeProto] = []
+        self._outer: list[onnx.NodeProto] = []  # nodes of the outermost graph
+        self._nodes = self._outer  # those of the graph that is being made
         self._shapes: list[onnx.ValueInfoProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
@@ -161,6 +162,13 @@ class Graph:
         yield outputs
         into.append(helper.make_graph(self._nodes, name, [], outputs, value_info=self._shapes))
         self._nodes, self._shapes = kept
+
+    @contextmanager
+    def outermost(self) -> Iterator[None]:
+        """Nodes made within belong to the outermost graph, in front of the branch that is being made."""
+        kept, self._nodes = self._nodes, self._outer
+        yield
+        self._nodes = kept
 
     def fresh(self, what: str) -> str:
         """A name that nothing has yet."""

@@ -125,9 +125,10 @@ class Weights:
                 accuracy_level=4,
             )
         else:
-            matrix = g.node("Cast", by.name, to=1) if by.half else by.name
-            if by.by_row:
-                matrix = g.node("Transpose", matrix, perm=[1, 0])
+            with g.outermost():  # in a branch ONNX Runtime would keep the copy beside the packed one
+                matrix = g.node("Cast", by.name, to=1) if by.half else by.name
+                if by.by_row:
+                    matrix = g.node("Transpose", matrix, perm=[1, 0])
             out = g.node("MatMul", x, matrix, name=own)
         return g.node("Add", out, bias, name=name) if bias else out
 

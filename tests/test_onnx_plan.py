@@ -13,6 +13,7 @@ import onnx
 import pytest
 from cli_process import edgert as command
 from conftest import real_model
+from edgert.bench.plan_check_sparse import text_of
 from onnx_directories import exported
 
 import edgert
@@ -20,8 +21,9 @@ from edgert import onnx_plan
 from edgert.errors import PlanError, UsageError
 from edgert.onnx_directory import QUANTS, OnnxDirectory
 from edgert.onnx_interface import ITEM_BYTES
-from edgert.onnx_memory import held, kv_bytes
+from edgert.onnx_memory import AROUND, SLOTS_AGAIN, held, kv_bytes, products, rows_bytes, scores_bytes
 from edgert.onnx_plan import OnnxCase, fitting, needed_bytes
+from edgert.onnx_wire import Graph, Node, Tensor
 from edgert.rates import rates_for
 
 MB = 1_000_000
@@ -52,9 +54,64 @@ def test_weights_are_those_of_the_graph(name: str, quant: str) -> None:
     rows = [n.input[0] for n in graph.node if n.op_type in ("GatherBlockQuantized", "Gather")]
     spec = case.directory.spec
     found = held(spec, quant, case.graph, False)
-    assert found.packed == packed
+    assert found.packed == packed and found.tables == 0
     assert found.rows == sum(size[name] for name in rows if name in size and "const" not in name)
     assert found.mapped == sum(size[name] for name in size if name.endswith(".scales"))
+
+
+def multiplied(path: str, outer: str) -> tuple[Node, ...]:
+    """Nodes that multiply with "w" by ``path`` of operators, those of ``outer`` outside the branch."""
+    inner, outside, name = list[Node](), list[Node](), "w"
+    for op in path.split():
+        node = Node(op, "", op, (name,), (op,), {}, {})
+        (outside if op in outer.split() else inner).append(node)
+        name = op
+    inner.append(Node("MatMul", "", "m", ("x", name), ("y",), {}, {}))
+    branch = Graph(tuple(inner), (), (), ())
+    return (*outside, Node("If", "", "i", ("c",), ("y",), {"then_branch": branch}, {}))
+
+
+@pytest.mark.parametrize(
+    ("path", "outer", "kept"),
+    [
+        ("", "", False),
+        ("Transpose", "", True),
+        ("Cast Transpose", "Cast", True),
+        ("Cast Transpose", "Cast Transpose", False),
+    ],
+)
+def test_what_a_branch_makes_of_a_matrix_stays(path: str, outer: str, kept: bool) -> None:
+    weight = Tensor("w", 1, (4, 4), 64, None)
+    assert products(Graph(multiplied(path, outer), (weight,), (), ())) == {"w": kept}
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("recipe", ["clusters+lowrank", "lowrank", "clusters"])
+def test_a_flash_head_takes_no_head_twice(quant: str, recipe: str) -> None:
+    """Its own matrices are packed beside the dense head, its tables are mapped once it is used."""
+    case, plain = case_of(exported("llama", quant, recipe), "flash"), case_of(exported("llama", quant))
+    assert not any(products(case.graph).values())
+    spec, own = case.directory.spec, case.graph.initializers
+    found, without = held(spec, quant, case.graph, True), held(spec, quant, plain.graph, False)
+    size = {
+        t.name: ITEM_BYTES[t.dtype] * math.prod(t.dims) for t in own if t.name.startswith(("head.", "flash."))
+    }
+    packed = sum(size[name] for name in products(case.graph) if name in size)
+    assert packed and packed <= found.packed - without.packed <= 2 * packed
+    assert found.tables == sum(size.values()) - packed
+    named = {part.name: part.bytes for part in case.memory(100)}
+    assert named["FlashHead, mapped"] == found.tables
+    assert "FlashHead, mapped" not in {
+        part.name for part in case_of(case.directory.path, "dense").memory(100)
+    }
+
+
+def test_rows_of_a_text_are_mapped_with_what_lies_around() -> None:
+    """More of them the longer the text and the less there are; never more than all."""
+    found = [rows_bytes(10**8, n, "int8") for n in (50, 500, 5000, 10**6)]
+    assert found == sorted(found) and found[-1] <= 10**8
+    assert 50 * 640 < found[0] < 50 * AROUND["int8"]
+    assert rows_bytes(10**7, 500, "int8") / 10**7 > rows_bytes(10**8, 500, "int8") / 10**8
 
 
 def test_caches_are_those_of_a_session() -> None:
@@ -70,6 +127,16 @@ def test_caches_are_those_of_a_session() -> None:
             slots = {buffer.value.shape()[2] for buffer in buffers}
             assert sum(kv_bytes(spec, "f32", 190).values()) == session._sequence.nbytes
             assert min(slots) >= 190  # a tiny window with its spare room holds more
+
+
+def test_scores_of_float16_keys() -> None:
+    """As ONNX Runtime 1.32 took them on x86 (bench/results/amd-epyc-2-cores-plan-onnx.md)."""
+    every, some = (OnnxDirectory.open(exported(name)).spec for name in ("llama", "gemma3"))
+    assert scores_bytes(every, "f32", 4000) == 0
+    assert scores_bytes(every, "f16", 100) == 4 * every.n_heads * 100 * 100
+    assert scores_bytes(every, "f16", 4000) == 2 * 4 * every.n_heads * 256 * 4000
+    assert scores_bytes(every, "f16", 8000) == 4 * every.n_heads * 256 * (8000 + SLOTS_AGAIN)
+    assert scores_bytes(some, "f16", 4000) == 4 * some.n_heads * 256 * 4000
 
 
 def test_windowed_layers_stop_growing() -> None:
@@ -156,25 +223,36 @@ def test_info() -> None:
 
 
 _CHILD = """
-import sys
+import json, sys
 import edgert
-context = int(sys.argv[2])
-with edgert.load(sys.argv[1], context=context, threads=1, head="dense") as model:
+ids = json.load(sys.stdin)
+with edgert.load(sys.argv[1], context=len(ids) + 48, threads=1, head="dense") as model:
     with model.session() as session:
-        print(session.generate(list(range(1000, 952 + context)), max_tokens=48).stats.peak_memory)
+        print(session.generate(ids, max_tokens=48).stats.peak_memory)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
-def test_the_peak_is_what_the_plan_says(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "quant", "kv"),
+    [
+        ("smollm2-135m", "int4", "f32"),
+        ("smollm2-135m", "f16", "f16"),
+        ("gemma-3-270m", "int4", "f16"),
+        ("gemma-3-270m", "int8", "f32"),
+    ],
+)
+def test_the_peak_is_what_the_plan_says(name: str, quant: str, kv: str, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    done = command("export", real_model(name), "--format", "onnx", "-o", target)
+    words = ["--format", "onnx", "--quant", quant, "--kv", kv, "-o", target]
+    done = command("export", real_model(name), *words, timeout=500)
     assert done.returncode == 0, done.stderr
-    for context in (300, 2000):
-        words = [sys.executable, "-c", _CHILD, target, str(context)]
-        peak = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-        planned = needed_bytes(OnnxDirectory.open(target), context, 1, "dense")
+    directory = OnnxDirectory.open(target)
+    for context in (128, 2000):
+        ids = json.dumps(text_of(directory.metadata, context)[: context - 48])
+        child = [sys.executable, "-c", _CHILD, str(target)]
+        peak = int(subprocess.run(child, input=ids, capture_output=True, text=True, check=True).stdout)
+        planned = needed_bytes(directory, context, 1, "dense")
         assert abs(planned - peak) <= 0.03 * peak + 8 * MB
 
 
