@@ -126,9 +126,9 @@ def caches(spec: ModelSpec, kv: str, suffix: str) -> dict[str, Typed]:
 def initializers(spec: ModelSpec, quant: str) -> dict[str, frozenset[tuple[int, tuple[int, ...]]]]:
     """Name -> the types and shapes it may have, of every weight but the FlashHead's."""
     found = {name: frozenset({(FLOAT, shape)}) for name, shape in _floats(spec)}
-    bits = {"int8": 8, "int4": 4}.get(quant, 0)
     for name, rows, cols in matrices(spec):
-        if not bits or cols % BLOCK:
+        bits = code_bits(name, cols, quant)
+        if not bits:
             kind = FLOAT if quant == "f32" else FLOAT16
             found[name] = frozenset({(kind, (rows, cols)), (kind, (cols, rows))})
             continue
@@ -137,6 +137,16 @@ def initializers(spec: ModelSpec, quant: str) -> dict[str, frozenset[tuple[int, 
                 found[other] = found.get(other, frozenset()) | {(UINT8, shape)}
         found[name + ".scales"] = frozenset({(FLOAT, (rows, cols // BLOCK))})
     return found
+
+
+def code_bits(name: str, cols: int, quant: str) -> int:
+    """Bits of a value of a matrix with rows of ``cols``; 0: it is stored as floats. With int4 the matrices of
+    layers have four, and embeddings and the head eight: with four Gemma-3-270M loses Hindi (docs/onnx.md)."""
+    if cols % BLOCK:
+        return 0
+    if quant == "int4":
+        return 4 if name.startswith("blk.") else 8
+    return 8 if quant == "int8" else 0
 
 
 def matrices(spec: ModelSpec) -> Iterator[tuple[str, int, int]]:

@@ -17,7 +17,7 @@ from edgert.export.calibration_text import Domain, load_domains
 from edgert.export.clusters import UNIT, Ids, Matrix, Metric, bisect, cluster_logits, fit_routers
 from edgert.export.gguf_writer import Tensor, Value
 from edgert.export.head_quality import Ranking, Truth, find_truth
-from edgert.export.quantise import dequantise, q4_0, q4_0_for, q8_0
+from edgert.export.quantise import dequantise, q4_0, q4_0_for, q8_0, remedies
 from edgert.export.sidecar_writer import write_part
 from edgert.export.states import OWN_PREFIX, OWN_TOKENS, HeadInputs
 
@@ -263,11 +263,11 @@ class _Head:
         factors = [s // UNIT for s in (SIZES if size is None else (size,))]
         done = self.steps("fitting routers", len(self.tokens) // UNIT)
         fitted = fit_routers(self.rows, self.fit, self.tokens, factors, RIDGE, done)
-        moment = self.fit.T @ self.fit / len(self.fit)
-        for factor, (routers, bias) in zip(factors, fitted, strict=True):
+        factor = remedies(self.fit.T @ self.fit / len(self.fit))
+        for units, (routers, bias) in zip(factors, fitted, strict=True):
             biases = Tensor("head.bias", "F32", bias.shape, bias.view(np.uint8))
-            yield factor, [Tensor("head.routers", "Q4_0", routers.shape, q4_0_for(routers, moment)), biases]
-            yield factor, [Tensor("head.routers", "Q8_0", routers.shape, q8_0(routers)), biases]
+            yield units, [Tensor("head.routers", "Q4_0", routers.shape, q4_0_for(routers, factor)), biases]
+            yield units, [Tensor("head.routers", "Q8_0", routers.shape, q8_0(routers)), biases]
 
     def _low_rank(self, rank: int) -> list[Tensor]:
         low, projection = self.metric.low_rank(self.rows, rank)

@@ -16,13 +16,12 @@ unsigned bytes times such a matrix ONNX Runtime has a product that need not rear
 what their axis and they themselves have at most; 7 bits, since the sum of two products must fit into 16 bits
 on CPUs without dot products of bytes.
 
-The rows of an int4 or int8 head are not made floats, which takes longer than all the rest. The states are
-rounded to int8 in blocks of 32, as MatMulNBits rounds them, and put on the diagonal of a matrix of blocks; a
-product of integers with the half bytes of the rows then gives the sum of each block, and scales make logits
-of these. They are the dense head's to the rounding of float32 sums.
+The rows of an int8 head are not made floats, which takes longer than all the rest. The states are rounded to
+int8 in blocks of 32, as MatMulNBits rounds them, and put on the diagonal of a matrix of blocks; a product of
+integers with the rows then gives the sum of each block, and scales make logits of these. They are the dense
+head's to the rounding of float32 sums.
 
-Such products of integers are for the CPU: CUDA has none of unsigned bytes, nor operators on bits. So wherever
-one is, another branch multiplies floats, of the same weights. :data:`INTEGERS` chooses, a constant in the
+Such products of integers are for the CPU: CUDA has none of unsigned bytes. So wherever one is, another branch multiplies floats, of the same weights. :data:`INTEGERS` chooses, a constant in the
 file with the weights: ONNX Runtime puts the chosen branch in the place of the ``If`` and drops the other
 one, so it costs nothing. Who loads the graph for another provider has it replaced by 0
 (``SessionOptions.add_external_initializers``).
@@ -254,34 +253,21 @@ def _integer_scores(g: Graph, w: Weights, head: Stored, states: str, ids: str) -
     scale = g.node("Div", top, g.constant(np.array(127, np.float32)))
     scale = g.node("Max", scale, g.constant(np.array(1e-30, np.float32)))
     whole = g.node("Round", g.node("Div", x, scale))
-    if head.bits == 4:  # values 2 j of a block in low half bytes, 2 j + 1 in high ones
-        pairs = g.node("Reshape", whole, _shape(g, 1, -1, blocks, BLOCK // 2, 2))
-        low, high = (
-            _diagonal(g, part, blocks, BLOCK // 2) for part in g.split(pairs, [1, 1], ("even", "odd"))
-        )
-    else:
-        apart = g.node("Reshape", whole, _shape(g, 1, -1, blocks, BLOCK, 1))
-        low = high = _diagonal(g, apart, blocks, BLOCK)
-    codes = g.node("Gather", w.flat(head), ids)
-    low_codes = g.node("BitwiseAnd", codes, g.constant(np.array(15, np.uint8)))
-    high_codes = g.node("BitShift", codes, g.constant(np.array(4, np.uint8)), direction="RIGHT")
-    sums = g.node("MatMulInteger", high_codes, high)
-    if head.bits == 8:
-        sums = g.node("Mul", sums, g.constant(np.array(16, np.int32)))
-    sums = g.node("Cast", g.node("Add", g.node("MatMulInteger", low_codes, low), sums), to=_TO_FLOAT)
-    middle = g.constant(np.array(2.0 ** (head.bits - 1), np.float32))
-    offset = g.node("Mul", g.node("ReduceSum", whole, _shape(g, 3), keepdims=0), middle)
+    # Value k of block b goes to column b, or blocks + b where k is odd: CPUs without dot products of bytes
+    # add the products of two neighbours in 16 bits, which hold one.
+    place = np.zeros((blocks, BLOCK, 2, blocks), np.float32)
+    block, value = np.ogrid[:blocks, :BLOCK]
+    place[block, value, value % 2, block] = 1
+    apart = g.node("Unsqueeze", whole, _shape(g, 4))
+    spread = g.node("Mul", apart, g.constant(place.reshape(blocks, BLOCK, 2 * blocks)))
+    columns = g.node("Reshape", g.node("Cast", spread, to=_TO_INT8), _shape(g, 1, -1, head.cols, 2 * blocks))
+    sums = g.node("MatMulInteger", g.node("Gather", w.flat(head), ids), columns)
+    even, odd = g.split(sums, [blocks, blocks], ("even", "odd"))
+    sums = g.node("Cast", g.node("Add", even, odd), to=_TO_FLOAT)
+    offset = g.node("Mul", g.node("ReduceSum", whole, _shape(g, 3), keepdims=0), _number(g, 128))
     sums = g.node("Sub", sums, g.node("Unsqueeze", offset, _shape(g, 2)))
     scaled = g.node("Mul", sums, g.node("Gather", head.name + ".scales", ids))
     return g.node("Squeeze", g.node("MatMul", scaled, scale), _shape(g, 3))
-
-
-def _diagonal(g: Graph, x: str, blocks: int, size: int) -> str:
-    """int8 [1, S, blocks * size, blocks] with block b of ``x`` [1, S, blocks, size, 1] in rows b * size and
-    on of column b, 0 elsewhere."""
-    eye = np.eye(blocks, dtype=np.float32)[:, None]
-    spread = g.node("Cast", g.node("Mul", x, g.constant(eye)), to=_TO_INT8)
-    return g.node("Reshape", spread, _shape(g, 1, -1, blocks * size, blocks))
 
 
 def _top(g: Graph, scores: str, count: int) -> tuple[str, str]:

@@ -7,8 +7,9 @@
                 float32 scales [rows, cols / 32]
 
 Those that rows are taken of lie as [rows, cols] in every type. Blocks are 32 values of one row and their
-scale; value = scale * (code - 128 or 8). Matrices whose rows are no multiple of 32 long are f16 in place of
-int8 and int4.
+scale; value = scale * (code - 128 or 8). With int4 the matrices of layers have four bits, rounded for what they
+meet on calibration text (``export/moments.py``); embeddings and the head have eight. Matrices whose rows are
+no multiple of 32 long are f16 in place of int8 and int4.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from edgert.export.onnx_graph import Graph
-from edgert.export.quantise import BLOCK, Codes, Matrix, q4_0, q8_0
+from edgert.export.quantise import BLOCK, Codes, Matrix, q4_0_for, q8_0, remedies
 
 from edgert import _native
+from edgert.onnx_interface import code_bits
+
+if TYPE_CHECKING:
+    from edgert.export.moments import Moments
 
 QUANTS = ("f32", "f16", "int8", "int4")
 _PIECE = 1 << 20  # values quantised at once by one thread
@@ -48,6 +54,7 @@ class Weights:
     def __init__(self, file: _native.GgufFile, quant: str, graph: Graph, done: Callable[[int], None]) -> None:
         self._file, self._quant, self._graph, self._done = file, quant, graph, done
         self._pool = ThreadPoolExecutor(2)
+        self._moments: Moments | None = None
 
     def vector(self, name: str) -> str:
         """A tensor as it is, in float32."""
@@ -66,9 +73,12 @@ class Weights:
         graph, name = self._graph, "+".join(n.removesuffix(".weight") for n in names) + ".weight"
         parts = [self.read(n) for n in names]
         rows, cols = sum(len(p) for p in parts), parts[0].shape[1]
-        bits = {"int8": 8, "int4": 4}.get(self._quant, 0) if cols % BLOCK == 0 else 0
+        bits = code_bits(name, cols, self._quant)
+        if bits == 4:
+            factor = remedies(self._met().of(names[0]))
+            return self._quantised(name, parts, cols, 4, lambda x: q4_0_for(x, factor))
         if bits:
-            return self._quantised(name, parts, rows, cols, bits)
+            return self._quantised(name, parts, cols, 8, q8_0)
         half = self._quant != "f32"
         dtype = "float16" if half else "float32"
         values = np.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -76,11 +86,21 @@ class Weights:
         graph.weight(name, dtype, shape, [(values if by_row else values.T).astype(dtype, copy=False)])
         return Stored(name, rows, cols, 0, half, by_row)
 
-    def _quantised(self, name: str, parts: Sequence[Matrix], rows: int, cols: int, bits: int) -> Stored:
-        scales: list[Matrix] = []
+    def _met(self) -> Moments:
+        """What the matrices of layers meet; these are to be asked for in their order."""
+        if self._moments is None:
+            from edgert.export.moments import Moments
+
+            self._moments = Moments(self._file)
+        return self._moments
+
+    def _quantised(
+        self, name: str, parts: Sequence[Matrix], cols: int, bits: int, blockwise: Callable[[Matrix], Codes]
+    ) -> Stored:
+        rows, scales = sum(len(part) for part in parts), list[Matrix]()
 
         def codes() -> Iterator[Codes]:
-            for blocks, d in self._pool.map(lambda x: blockwise(x, bits), _pieces(parts)):
+            for blocks, d in self._pool.map(lambda x: regroup(blockwise(x), bits), _pieces(parts)):
                 scales.append(d)
                 yield blocks
 
@@ -92,7 +112,7 @@ class Weights:
         """The rows ``ids`` of a matrix of one tensor as the matrix ``name``, value for value."""
         values = self._file.dequantize(of.name)[ids]
         if of.bits:
-            return self._quantised(name, [values], len(ids), of.cols, of.bits)
+            return self._quantised(name, [values], of.cols, 8, q8_0)
         dtype = "float16" if of.half else "float32"
         self._graph.weight(name, dtype, (of.cols, len(ids)), [values.T.astype(dtype, copy=False)])
         return Stored(name, len(ids), of.cols, 0, of.half, False)
@@ -160,11 +180,6 @@ def _pieces(parts: Sequence[Matrix]) -> Iterator[Matrix]:
         step = max(1, _PIECE // values.shape[1])
         for at in range(0, len(values), step):
             yield values[at : at + step]
-
-
-def blockwise(x: Matrix, bits: int) -> tuple[Codes, Matrix]:
-    """``x`` [rows, cols] as the codes and scales of a matrix in the graph."""
-    return regroup((q4_0 if bits == 4 else q8_0)(x), bits)
 
 
 def regroup(data: Codes, bits: int) -> tuple[Codes, Matrix]:

@@ -35,14 +35,21 @@ def q4_0(x: Matrix) -> Codes:
     return out
 
 
-def q4_0_for(x: Matrix, moment: Matrix) -> Codes:
-    """Like :func:`q4_0`, for rows that will meet vectors of the second moment ``moment`` [cols, cols]: each
+def remedies(moment: Matrix) -> Matrix:
+    """What :func:`q4_0_for` wants to know of the vectors that the rows will meet, upper triangular [cols,
+    cols], of their second moment ``moment`` [cols, cols]."""
+    cols = len(moment)
+    damped = moment.astype(np.float64)
+    damped[np.diag_indices(cols)] += 0.01 * max(np.trace(damped) / cols, 1e-30)
+    factor: Matrix = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    return factor
+
+
+def q4_0_for(x: Matrix, factor: Matrix) -> Codes:
+    """Like :func:`q4_0`, for rows that will meet vectors for which :func:`remedies` gave ``factor``: each
     column is rounded in turn and what that costs is made good in the columns to come (GPTQ, arXiv
     2210.17323), so that the products suffer least, not the entries."""
     cols = x.shape[1]
-    damped = moment.astype(np.float64)
-    damped[np.diag_indices(cols)] += 0.01 * np.trace(damped) / cols
-    factor = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)  # upper
     rest = x.copy()
     out = np.empty((len(x), cols // BLOCK, 18), np.uint8)
     for at in range(0, cols, BLOCK):

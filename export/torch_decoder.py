@@ -5,7 +5,7 @@ It keeps no cache and computes whole sequences. Weights are those of a GGUF file
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -32,8 +32,11 @@ class TorchDecoder:
         file = model if isinstance(model, _native.GgufFile) else _native.GgufFile(str(model))
         self.spec: ModelSpec = native_spec(file, file.metadata)
         self.dtype = dtype
-        self._w = {
-            name: torch.from_numpy(file.dequantize(name)).to(dtype) for name in self.spec.tensor_shapes()
+        self._w = self._weights(file)
+
+    def _weights(self, file: _native.GgufFile) -> Mapping[str, Tensor]:
+        return {
+            name: torch.from_numpy(file.dequantize(name)).to(self.dtype) for name in self.spec.tensor_shapes()
         }
 
     @property

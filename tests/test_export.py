@@ -22,7 +22,7 @@ from edgert.export.clusters import Metric, bisect, fit_routers
 from edgert.export.flash_head import Request, export_flash_head
 from edgert.export.gguf_writer import OutputError, Tensor, write_gguf
 from edgert.export.head_quality import MISSED, Ranking, find_truth
-from edgert.export.quantise import dequantise, q4_0, q4_0_for, q8_0
+from edgert.export.quantise import dequantise, q4_0, q4_0_for, q8_0, remedies
 from tiny_models import tiny
 
 import edgert
@@ -68,7 +68,7 @@ def test_rounding_for_a_moment_serves_the_products() -> None:
     def error(codes: np.ndarray) -> float:
         return float(np.square(inputs @ (dequantise(codes, "Q4_0", 64) - x).T).mean())
 
-    assert error(q4_0_for(x, moment)) < 0.6 * error(q4_0(x))
+    assert error(q4_0_for(x, remedies(moment))) < 0.6 * error(q4_0(x))
 
 
 def test_a_written_file_reads_back(tmp_path: Path) -> None:
