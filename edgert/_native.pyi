@@ -468,6 +468,11 @@ class PageStore:
         The page, read if it is not in memory. Raises EngineError when it cannot be.
         """
 
+    def refill(self, page: int, data: bytes) -> bool:
+        """
+        Brings a page to memory whose content the caller has; False when it needs or finds no slot.
+        """
+
     def read_sections(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
         """The sections at (page, section), read past the slots."""
 
@@ -523,8 +528,22 @@ class SlotStore:
         always read.
         """
 
-    def read(self, page: int, slots: Slots, place: int) -> None:
-        """Copies a page to the slots from 16 * `place` on."""
+    def expect(self, pages: Sequence[int]) -> None:
+        """
+        What read() will be asked for next: pages on the disk are read from now on.
+        """
+
+    def keep(self, pages: Sequence[int], slots: Slots, places: Sequence[int]) -> None:
+        """
+        Pages that are about to leave their slots, from 16 * each of `places` on: those that are not in memory
+        get a place there if there is one.
+        """
+
+    def read(self, pages: Sequence[int], slots: Slots, places: Sequence[int]) -> None:
+        """
+        Copies each of `pages` to the slots from 16 * its place on. Raises EngineError when one cannot be
+        read.
+        """
 
     def move(self, slots: Slots, place: int, to: int) -> None:
         """Copies the 16 slots of a place to another."""

@@ -15,7 +15,7 @@ from . import _native
 from .engines.onnx_sparse import PAGE, VOTERS, full_layers, seeing_all
 from .plan_time import FROM_DISK, SCAN, Step
 from .planner import Part
-from .rates import SECTION_READS
+from .rates import PAGE_READS, TOKEN
 
 if TYPE_CHECKING:
     from .models import ModelSpec
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # the native engine's, and bytes a second that are copied.
 VOTING, CHOOSING, SCANS, COPIES = 0.15e-3, 0.2e-3, 1.6, 12e9
 ENTERING = 4.5  # pages that enter the set of a step
-TAIL = 51  # pages in memory at most that a tier does not choose: the first one, and those without an index
+TAIL = 30  # pages in memory that a step sees anyhow: the first one, and those without an index
 
 
 def store_parts(case: OnnxCase, context: int) -> list[Part]:
@@ -62,11 +62,13 @@ def working_set_steps(case: OnnxCase, rates: Rates, length: int, row: int) -> li
     copied = round(ENTERING * (record + PAGE * row))
     steps.append(Step("pages", CHOOSING + copied / COPIES, copied, "memory"))
     if case.slots and -(-length // PAGE) > case.slots:
-        # A tier chooses by worth too, so that it has of the next ones the more the more it has room for.
+        # Those that left last are in memory: it has the more of the next ones the more it has room for.
         entering = ENTERING * math.exp(-PAGE * (case.slots - TAIL) / case.chosen)
         read = round(entering * record)
-        seconds = rates.disk_seconds(entering * len(layers), record // len(layers), SECTION_READS)
-        steps.append(Step("disk", seconds + read * FROM_DISK, read, "disk"))
+        # They are asked for when the step before ends, and others are copied meanwhile.
+        behind = TOKEN + copied / COPIES
+        waits = max(rates.disk_seconds(entering, record, PAGE_READS) - behind, 0.0)
+        steps.append(Step("disk", waits + read * FROM_DISK, read, "disk"))
     return steps
 
 

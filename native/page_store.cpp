@@ -150,6 +150,20 @@ uint8_t* PageStore::need(uint32_t page) {
   }
 }
 
+uint8_t* PageStore::refill(uint32_t page) {
+  const Lock lock(mutex_);
+  Page& p = at(page);
+  // Not as of this step: what it wants and has not got yet comes first.
+  p.wanted.store(std::max(p.wanted.load(std::memory_order_relaxed), step_ - 1), std::memory_order_relaxed);
+  if (p.place != Place::Disk) return nullptr;
+  const uint32_t slot = free_slot();
+  if (slot == kNone) return nullptr;
+  give(page, slot);
+  p.place = Place::Memory;
+  p.ready.store(slot_data(slot), std::memory_order_release);
+  return slot_data(slot);
+}
+
 void PageStore::rewind(uint32_t count) {
   Lock lock(mutex_);
   if (count >= pages_.size()) return;

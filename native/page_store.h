@@ -89,6 +89,10 @@ class PageStore {
   // Throws EngineError when the page cannot be read, is damaged (after a second try), or when a set with
   // it needs more slots than there are.
   uint8_t* need(uint32_t page);
+  // A slot of a sealed page that is not in memory, for a caller who has what the page holds and fills it at once, to the
+  // same bytes; nullptr when the page is in memory or on its way, or no slot can be freed. It counts as wanted lately, and
+  // may give its slot to another before the next want().
+  uint8_t* refill(uint32_t page);
   // Forgets the pages from `count` on.
   void rewind(uint32_t count);
 

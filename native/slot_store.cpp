@@ -14,6 +14,13 @@ constexpr float kLog2e = 1.44269504088896341f;
 // A step of the graph reads what is in its slots: of the selection only the first and the recent tokens count here.
 const Selection kSelection{.budget = 1};
 
+constexpr size_t kAtOnce = 8;  // pages that are asked for at once; twice as many have slots beside the recent ones
+
+TierShape without_set(TierShape tier) {
+  tier.set = false;
+  return tier;
+}
+
 uint32_t all_heads(const ModelSpec& spec) {
   uint32_t n = 0;
   for (const LayerSpec& l : spec.layers) {
@@ -30,7 +37,7 @@ SlotStore::SlotStore(const ModelSpec& layers, uint32_t context, uint32_t threads
     : spec_(layers),
       kernels_(kernels_for(isa_select())),
       pool_(threads),
-      cache_(layers, context, KvType::F16, kSelection, tier),
+      cache_(layers, context, KvType::F16, kSelection, without_set(tier)),
       heads_(all_heads(layers)),
       threads_(pool_.threads()) {
   for (Private& p : threads_) {
@@ -74,7 +81,7 @@ const std::vector<float>& SlotStore::append(const SlotArrays& from, uint32_t fir
 void SlotStore::append_piece(const SlotArrays& from, uint32_t first, uint32_t n, const float* queries, uint32_t rows) {
   const uint32_t start = cache_.length(), length = start + n, hd = spec_.head_dim;
   cache_.reserve(length);
-  // Never as a step: a tier would bring the pages that are worth most to memory, and those are in slots already.
+  // Never as a step: what that reads is in slots.
   cache_.begin(length, false);
   const uint32_t blocks = cache_.blocks_at(length), pages = blocks * kBlockPages;
   const size_t of_row = spec_.layers.size() * size_t(spec_.n_heads) * hd;
@@ -136,27 +143,94 @@ void SlotStore::vote(Pool::Worker& w, uint32_t position, uint32_t blocks, const 
   w.barrier();
 }
 
-void SlotStore::read(uint32_t page, const SlotArrays& to, uint32_t place) {
-  check(to, place * kPageTokens, kPageTokens);
-  const uint32_t length = cache_.length(), hd = spec_.head_dim;
-  if (page >= (length + kPageTokens - 1) / kPageTokens)
-    throw EngineError("page " + std::to_string(page) + " lies behind the " + std::to_string(length) + " tokens of the store");
-  const size_t record = kv_record_bytes(KvType::F16, hd);
-  const uint8_t* from = cache_.tier() ? cache_.tier()->resident(page) : cache_.record(0, 0, page * kPageTokens);
-  if (!from) {
-    page_.resize(size_t(heads_) * kPageTokens * record);
-    cache_.tier()->copy(page, page_.data());
-    from = page_.data();
-  }
-  const uint32_t tokens = std::min(kPageTokens, length - page * kPageTokens);
+void SlotStore::check(const std::vector<uint32_t>& pages, const SlotArrays& arrays, const std::vector<uint32_t>& places) const {
+  if (pages.size() != places.size())
+    throw EngineError(std::to_string(pages.size()) + " pages cannot be in " + std::to_string(places.size()) + " places");
+  const uint32_t length = cache_.length();
+  for (const uint32_t page : pages)
+    if (page >= (length + kPageTokens - 1) / kPageTokens)
+      throw EngineError("page " + std::to_string(page) + " lies behind the " + std::to_string(length) + " tokens of the store");
+  for (const uint32_t place : places) check(arrays, place * kPageTokens, kPageTokens);
+}
+
+// f(layer, KV head), in the order in which they lie in a page.
+template <class F>
+void SlotStore::for_heads(F&& f) const {
   for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer)
-    for (uint32_t head = 0; head < spec_.layers[layer].n_kv_heads; ++head, from += kPageTokens * record)
-      for (uint32_t t = 0; t < tokens; ++t) {
-        const size_t at = (size_t(head) * to.slots + place * kPageTokens + t) * hd * to.item();
-        const uint8_t* const key = from + t * record;
-        copy_halves(key, to.keys[layer] + at, to.half);
-        copy_halves(key + record / 2, to.values[layer] + at, to.half);
+    for (uint32_t head = 0; head < spec_.layers[layer].n_kv_heads; ++head) f(layer, head);
+}
+
+uint8_t* SlotStore::in_memory(uint32_t page) const {
+  return cache_.tier() ? cache_.tier()->resident(page) : cache_.record(0, 0, page * kPageTokens);
+}
+
+void SlotStore::expect(const std::vector<uint32_t>& pages) {
+  if (Tier* const tier = cache_.tier()) tier->expect(pages.data(), pages.size());
+}
+
+void SlotStore::keep(const std::vector<uint32_t>& pages, const SlotArrays& from, const std::vector<uint32_t>& places) {
+  check(pages, from, places);
+  const size_t record = kv_record_bytes(KvType::F16, spec_.head_dim), row = spec_.head_dim * from.item();
+  for (size_t i = 0; cache_.tier() && i < pages.size(); ++i) {
+    uint8_t* to = cache_.tier()->refill(pages[i]);
+    if (!to) continue;
+    // What is in slots are the records' halves, or the floats that these were made of.
+    for_heads([&](uint32_t layer, uint32_t head) {
+      const size_t at = (size_t(head) * from.slots + places[i] * kPageTokens) * row;
+      for (uint32_t t = 0; t < kPageTokens; ++t, to += record) {
+        const uint8_t *const key = from.keys[layer] + at + t * row, *const value = from.values[layer] + at + t * row;
+        if (from.half) {
+          std::memcpy(to, key, row);
+          std::memcpy(to + record / 2, value, row);
+        } else {
+          kernels_.records[size_t(KvType::F16)].append(reinterpret_cast<const float*>(key), reinterpret_cast<const float*>(value),
+                                                       spec_.head_dim, to);
+        }
       }
+    });
+  }
+}
+
+// A page of the tier. Where memory is full of pages that cannot be written it has no place there.
+const uint8_t* SlotStore::fetch(uint32_t page) {
+  try {
+    return cache_.tier()->need(page);
+  } catch (const EngineError&) {
+    page_.resize(cache_.tier()->store().page_bytes());
+    cache_.tier()->copy(page, page_.data());
+    return page_.data();
+  }
+}
+
+void SlotStore::read(const std::vector<uint32_t>& pages, const SlotArrays& to, const std::vector<uint32_t>& places) {
+  check(pages, to, places);
+  std::vector<uint32_t> away, places_away;
+  for (size_t i = 0; i < pages.size(); ++i) {
+    if (const uint8_t* const from = in_memory(pages[i])) {
+      to_slots(pages[i], from, to, places[i]);
+    } else {
+      away.push_back(pages[i]);
+      places_away.push_back(places[i]);
+    }
+  }
+  for (size_t i = 0; i < away.size(); ++i) {
+    // Of a long list some are on their way while others are copied.
+    if (i % kAtOnce == 0) cache_.tier()->expect(away.data() + i, std::min(away.size() - i, 2 * kAtOnce));
+    to_slots(away[i], fetch(away[i]), to, places_away[i]);
+  }
+}
+
+void SlotStore::to_slots(uint32_t page, const uint8_t* from, const SlotArrays& to, uint32_t place) const {
+  const uint32_t hd = spec_.head_dim, tokens = std::min(kPageTokens, cache_.length() - page * kPageTokens);
+  const size_t record = kv_record_bytes(KvType::F16, hd), row = hd * to.item();
+  for_heads([&](uint32_t layer, uint32_t head) {
+    const size_t at = (size_t(head) * to.slots + place * kPageTokens) * row;
+    for (uint32_t t = 0; t < tokens; ++t) {
+      copy_halves(from + t * record, to.keys[layer] + at + t * row, to.half);
+      copy_halves(from + t * record + record / 2, to.values[layer] + at + t * row, to.half);
+    }
+    from += kPageTokens * record;
+  });
 }
 
 // A row of a head, to a slot of halves or of floats.
@@ -171,12 +245,12 @@ void SlotStore::move(const SlotArrays& arrays, uint32_t place, uint32_t to) cons
   check(arrays, place * kPageTokens, kPageTokens);
   check(arrays, to * kPageTokens, kPageTokens);
   const size_t row = spec_.head_dim * arrays.item(), n = kPageTokens * row;
-  for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer)
-    for (uint32_t head = 0; head < spec_.layers[layer].n_kv_heads; ++head)
-      for (uint8_t* const cache : {arrays.keys[layer], arrays.values[layer]}) {
-        uint8_t* const of_head = cache + head * arrays.slots * row;
-        std::memmove(of_head + to * n, of_head + place * n, n);
-      }
+  for_heads([&](uint32_t layer, uint32_t head) {
+    for (uint8_t* const cache : {arrays.keys[layer], arrays.values[layer]}) {
+      uint8_t* const of_head = cache + head * arrays.slots * row;
+      std::memmove(of_head + to * n, of_head + place * n, n);
+    }
+  });
 }
 
 std::pair<size_t, uint32_t> slot_store_bytes(const ModelSpec& layers, uint32_t length, uint32_t pages) {

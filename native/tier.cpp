@@ -34,6 +34,7 @@ size_t Tier::bytes(const std::vector<size_t>& section_bytes, uint32_t slots, uin
 
 Tier::Tier(const TierShape& shape, const std::vector<size_t>& section_bytes, uint32_t budget)
     : section_bytes_(largest(section_bytes)),
+      has_set_(shape.set),
       capacity_(shape.slots - std::min(shape.slots, kTail + 1)),
       store_(shape.directory, {section_bytes, shape.slots, shape.disk_bytes}, shape.read_delay_us),
       buffer_(2 * kBufferPages * section_bytes_, "pages on their way from the disk") {
@@ -104,6 +105,7 @@ void Tier::seal(uint32_t indexed) {
 
 // The set of the coming step: the pages worth most. At most `most` enter. Their reads start.
 void Tier::choose(uint32_t most, const float* predicted) {
+  if (!has_set_) return expect(nullptr, 0);
   value_.assign(worth_.begin(), worth_.begin() + sealed_);
   if (predicted)
     for (uint32_t page = 0; page < sealed_; ++page) value_[page] += predicted[page];
@@ -133,6 +135,12 @@ void Tier::choose(uint32_t most, const float* predicted) {
   wanted_ = entering_;
   for (uint32_t page = 0; page < sealed_; ++page)
     if (readable_[page]) wanted_.push_back(page);
+  store_.want(wanted_.data(), wanted_.size());
+}
+
+void Tier::expect(const uint32_t* pages, size_t n) {
+  wanted_.assign(pages, pages + n);
+  if (store_.pages()) wanted_.push_back(0);
   store_.want(wanted_.data(), wanted_.size());
 }
 

@@ -8,6 +8,9 @@
 // layers run, which may not choose from them; the later ones may. So what a layer may read depends on the tokens alone,
 // never on the speed of a disk.
 //
+// Where what a step sees is chosen elsewhere (slot_store.h) there is no set: pages come when they are asked for, and those
+// that were asked for longest ago leave.
+//
 // Always in memory are the first page and those behind the index. A pass over several tokens reads every page, layer
 // by layer: those that are not in memory go through two buffers.
 #pragma once
@@ -27,6 +30,7 @@ struct TierShape {
   std::string directory;
   uint64_t disk_bytes = UINT64_MAX;  // the most that the file may take
   uint32_t read_delay_us = 0;        // for tests
+  bool set = true;  // false: what a step sees is chosen elsewhere, and in memory is what was asked for last
 };
 
 class Tier {
@@ -71,6 +75,12 @@ class Tier {
     return buffer_.data() + (page / kBufferPages % 2 * kBufferPages + page % kBufferPages) * section_bytes_;
   }
 
+  // For a tier without a set: between two passes, the pages that come next, of which those that are not in memory
+  // are read from now on; and refill() as in page_store.h. Throw EngineError.
+  void expect(const uint32_t* pages, size_t n);
+  uint8_t* need(uint32_t page) { return store_.need(page); }
+  uint8_t* refill(uint32_t page) { return store_.refill(page); }
+
   // For a saved cache. copy() gives all of a page, wherever it lies; save() the choice among the first `pages`.
   void copy(uint32_t page, uint8_t* dst);
   std::string save(uint32_t pages) const;
@@ -89,6 +99,7 @@ class Tier {
   void choose(uint32_t most, const float* predicted);
 
   const size_t section_bytes_;  // of the largest
+  const bool has_set_;
   const uint32_t capacity_;     // pages beside the first that the set may have
   PageStore store_;
   Buffer buffer_;  // [2][kBufferPages] sections

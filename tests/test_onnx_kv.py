@@ -100,7 +100,7 @@ def test_pages_come_back_with_their_bits() -> None:
     made.append(0, 700, rng.normal(size=(1, made.query_width)).astype(np.float32))
     before = {name: buffer.read().copy() for name, buffer in made.buffers.items()}
     assert {values.dtype for values in before.values()} == {np.dtype(np.float16)}
-    made._store.read(3, made._slots, 5)
+    made._store.read([3], made._slots, [5])
     made._store.move(made._slots, 7, 9)
     for name, buffer in made.buffers.items():
         expected = before[name]

@@ -226,7 +226,7 @@ def test_votes_are_shares_of_the_best_tokens(monkeypatch: pytest.MonkeyPatch) ->
                 expected += shares(keys[head], q, blocks)
         assert worst(made._worth, expected) < 0.02, isa
         kept = {name: buffer.read().copy() for name, buffer in made.buffers.items()}
-        made._store.read(3, made._slots, 5)
+        made._store.read([3], made._slots, [5])
         for name, buffer in made.buffers.items():
             rounded = kept[name][:, :, 48:64].astype(np.float16).astype(np.float32)
             np.testing.assert_array_equal(buffer.read()[:, :, 80:96], rounded)

@@ -29,7 +29,7 @@ from edgert.errors import EngineError
 Step = tuple[str, list[int]]
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["add", "add", "add", "want", "need", "sections", "rewrite", "rewind"]),
+        st.sampled_from(["add", "add", "add", "want", "need", "refill", "sections", "rewrite", "rewind"]),
         st.lists(st.integers(0, 2**16), min_size=1, max_size=5),
     ),
     max_size=60,
@@ -52,6 +52,9 @@ def run_steps(directory: Path, script: list[Step], slots: int, delay_us: int) ->
             for page in chosen[: slots - 1]:
                 seen.append(s.need(page))
                 assert seen[-1] == oracle[page]
+        elif kind == "refill":
+            for page in chosen:
+                s.refill(page, oracle[page])
         elif kind == "sections":
             places = [(page, n % SECTIONS) for page, n in zip(chosen, numbers, strict=False)]
             found = s.read_sections(places)
@@ -139,6 +142,20 @@ def test_a_new_set_replaces_what_was_not_yet_read(tmp_path: Path) -> None:
     assert s.stats()["pages_read"] <= 11 + 4  # what four threads had begun
 
 
+def test_a_page_that_the_caller_has_is_not_read(tmp_path: Path) -> None:
+    s = store(tmp_path, slots=4)
+    gone = spill(s, 20)
+    s.want([])
+    assert s.refill(gone[0], content(gone[0]))
+    assert not s.refill(gone[0], content(gone[0]))  # it is in memory
+    s.want([gone[0]])
+    assert s.need(gone[0]) == content(gone[0])
+    assert s.stats()["pages_read"] == 0
+    s.want([gone[1], gone[2], gone[3], gone[4]])
+    assert not s.refill(gone[5], content(gone[5]))  # no slot is free
+    assert [s.need(page) for page in gone[1:5]] == [content(page) for page in gone[1:5]]
+
+
 def test_many_threads_need_the_same_pages(tmp_path: Path) -> None:
     s = store(tmp_path, slots=10, read_delay_us=500)
     fill(s, 40)
@@ -210,6 +227,7 @@ def test_what_does_not_exist_is_refused(tmp_path: Path) -> None:
         lambda: s.need(2),
         lambda: s.want([0, 2]),
         lambda: s.seal(2),
+        lambda: s.refill(2, content(2)),
         lambda: s.read_sections([(2, 0)]),
         lambda: s.read_sections([(0, SECTIONS)]),
     ]

@@ -12,14 +12,15 @@ A pass over several tokens sees everything: where not all of it is in the slots,
 large as the sequence, which are filled from the store and dropped afterwards. The working set's are dropped
 before, so that no more memory is taken than full attention's, and filled anew by the next step.
 
-What is in the set depends on the tokens alone, so a store on a disk gives the same ones. It keeps float16: a
-page that left and came back is rounded where the graph's caches are float32.
+What is in the set depends on the tokens alone, so a store on a disk gives the same ones. The set of the next
+step is chosen as soon as a step has voted: pages on the disk are read while its logits are used. The store
+keeps float16: a page that left and came back is rounded where the graph's caches are float32.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +105,7 @@ class WorkingSet:
         self._larger = slots > self.spare + 1
         self._pages: list[int] = []  # by place; _NONE: nothing of use
         self._fresh = True  # any number of pages may enter
+        self._coming: list[int] | None = None  # pages of the next step, where they are chosen already
 
         def cache(layer: LayerSpec) -> Buffer:
             shape = 1, layer.n_kv_heads, slots, spec.head_dim
@@ -148,6 +150,11 @@ class WorkingSet:
         return sorted(page for page in self._pages if page != _NONE)
 
     @property
+    def worth(self) -> Array:
+        """Of the pages with an index, [pages]."""
+        return self._known_worth(self._store.indexed_pages)
+
+    @property
     def tier(self) -> dict[str, float] | None:
         """What the store's disk tier holds and did; None when all of it is in memory."""
         return self._store.tier
@@ -157,14 +164,14 @@ class WorkingSet:
         slots are filled. Raises EngineError when a page cannot be read; the sequence is what it was then."""
         length = self._store.length
         last = length // PAGE
-        self._arrange(self._choose(last + 1), last)
-        self._fresh = False
+        self._arrange(self._coming or self._choose(last + 1), last)
+        self._fresh, self._coming = False, None
         return (len(self._pages) - 1) * PAGE + length % PAGE
 
     def whole(self, n: int) -> int:
         """Makes ``buffers`` hold everything, with slots for ``n`` more tokens; returns how many are filled.
         :meth:`back` must follow when these have been appended. Raises EngineError."""
-        length = self._store.length
+        length, self._coming = self._store.length, None
         pages = _pages(length)
         if _pages(length + n) <= self._places:
             if self._pages[:pages] != list(range(pages)):
@@ -173,8 +180,7 @@ class WorkingSet:
             return length
         try:
             self._make(PAGE * _pages(length + n))
-            for page in range(pages):
-                self._store.read(page, self._slots, page)
+            self._store.read(list(range(pages)), self._slots, list(range(pages)))
         except BaseException:
             self.back()
             raise
@@ -196,6 +202,7 @@ class WorkingSet:
     def append(self, first: int, n: int, queries: Array) -> None:
         """The tokens in the ``n`` slots from ``first`` on are the next ones of the sequence. ``queries``: the
         graph's output for the last of them, [rows, …], of which there may be none. Raises EngineError."""
+        self._coming = None
         votes = self._store.append(self._slots, first, n, queries if len(queries) else None)
         if n > 1:
             self._fresh = True
@@ -203,6 +210,9 @@ class WorkingSet:
             return
         worth = self._known_worth(len(votes))
         self._worth = np.maximum(worth * FADE, votes)
+        if n == 1:  # those on the disk are on their way while the token is sampled
+            self._coming = self._choose(self._store.length // PAGE + 1)
+            self._store.expect(sorted(set(self._coming[:-1]).difference(self._pages)))
 
     def rewind(self, length: int) -> int:
         """Forgets what comes after ``length`` tokens; returns how many are left. Raises EngineError."""
@@ -210,12 +220,12 @@ class WorkingSet:
         left = _pages(kept)
         self._pages = [page if page < left else _NONE for page in self._pages]
         self._worth = self._worth[: self._store.indexed_pages]
-        self._fresh = True
+        self._fresh, self._coming = True, None
         return kept
 
     def save(self) -> bytes:
         """Of the sequence, the set and what pages are worth; see :meth:`load`."""
-        worth = self._known_worth(self._store.indexed_pages)
+        worth = self.worth
         pages = np.array(self._pages, np.int32)
         head = _SAVED.pack(len(worth), len(pages), self._fresh)
         return b"".join([head, worth.tobytes(), pages.tobytes(), self._store.save()])
@@ -223,7 +233,7 @@ class WorkingSet:
     def load(self, state: bytes) -> None:
         """Goes on where :meth:`save` was called. Raises EngineError for what it did not give; the sequence is
         empty then."""
-        self._pages, self._worth = [], self._worth[:0]
+        self._pages, self._worth, self._coming = [], self._worth[:0], None
         self._store.rewind(0)
         if len(state) < _SAVED.size:
             raise EngineError("the saved session is shorter than it says")
@@ -244,9 +254,7 @@ class WorkingSet:
         self._fresh = fresh or len(pages) > self._places or len(set(known)) < len(known)
         if not self._fresh:
             self._pages = [_NONE] * len(pages)
-            for place, page in enumerate(pages):
-                if page != _NONE:
-                    self._read(page, place)
+            self._read({page: place for place, page in enumerate(pages) if page != _NONE})
 
     def _known_worth(self, pages: int) -> Array:
         """What pages with an index are worth; new ones as much as the others on average."""
@@ -279,6 +287,10 @@ class WorkingSet:
         end, keep = len(wanted) - 1, set(wanted) - {last}
         pages = self._pages
         pages += [_NONE] * (end + 1 - len(pages))
+        missing = sorted(keep.difference(pages))
+        self._store.expect(missing)  # on their way while pages leave
+        leaving = {page: place for place, page in enumerate(pages) if 0 <= page < last and page not in keep}
+        self._store.keep(list(leaving), self._slots, list(leaving.values()))
         holes = [place for place in range(end) if pages[place] not in keep]
         known = last * PAGE < self._store.length
         if known and last in pages[:end]:  # gone back into it: its rounded copy is as good
@@ -289,21 +301,21 @@ class WorkingSet:
                 pages[hole] = _NONE
                 self._store.move(self._slots, place, hole)
                 pages[hole], pages[place] = pages[place], _NONE
-        missing = keep.difference(pages)
-        for page in sorted(missing):
-            self._read(page, holes.pop())
-        if pages[end] != last:
-            pages[end] = _NONE
-            if known:
-                self._read(last, end)
-            pages[end] = last
+        reads = {page: holes.pop() for page in missing}
+        if known and pages[end] != last:
+            reads[last] = end
+        self._read(reads)
+        pages[end] = last
         del pages[end + 1 :]
 
-    def _read(self, page: int, place: int) -> None:
-        self._pages[place] = _NONE
-        self._store.read(page, self._slots, place)
-        self._pages[place] = page
-        self.copied_pages += 1
+    def _read(self, places: Mapping[int, int]) -> None:
+        """Copies pages from the store to their places."""
+        for place in places.values():
+            self._pages[place] = _NONE
+        self._store.read(list(places), self._slots, list(places.values()))
+        for page, place in places.items():
+            self._pages[place] = page
+        self.copied_pages += len(places)
 
 
 def _pages(tokens: int) -> int:

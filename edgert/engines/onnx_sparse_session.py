@@ -60,6 +60,11 @@ class SparseSession(OnnxSession):
         return self._set.tier
 
     @property
+    def working_set(self) -> WorkingSet:
+        """What steps see."""
+        return self._set
+
+    @property
     def copied_bytes(self) -> int:
         """Bytes copied from the store into slots since the session began."""
         return self._set.copied_bytes

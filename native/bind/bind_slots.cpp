@@ -23,6 +23,7 @@ namespace {
 
 using Cache = nb::ndarray<nb::shape<1, -1, -1, -1>, nb::c_contig, nb::device::cpu>;
 using Queries = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Pages = std::vector<uint32_t>;
 using Votes = nb::ndarray<nb::numpy, float, nb::ndim<1>>;
 
 struct Slots {
@@ -100,9 +101,19 @@ void bind_slots(nb::module_& m) {
            "layers * heads * head dim]. Returns what they give to the pages with an index, [pages]: the sum over\n"
            "rows, layers and KV heads of the share that a page's best token gets, of all pages and of what is\n"
            "always read.")
+      .def("expect", &SlotStore::expect, "pages"_a, nb::call_guard<nb::gil_scoped_release>(),
+           "What read() will be asked for next: pages on the disk are read from now on.")
       .def(
-          "read", [](SlotStore& s, uint32_t page, const Slots& to, uint32_t place) { s.read(page, to.arrays, place); }, "page"_a,
-          "slots"_a, "place"_a, nb::call_guard<nb::gil_scoped_release>(), "Copies a page to the slots from 16 * `place` on.")
+          "keep",
+          [](SlotStore& s, const Pages& pages, const Slots& from, const Pages& places) { s.keep(pages, from.arrays, places); },
+          "pages"_a, "slots"_a, "places"_a, nb::call_guard<nb::gil_scoped_release>(),
+          "Pages that are about to leave their slots, from 16 * each of `places` on: those that are not in memory\n"
+          "get a place there if there is one.")
+      .def(
+          "read", [](SlotStore& s, const Pages& pages, const Slots& to, const Pages& places) { s.read(pages, to.arrays, places); },
+          "pages"_a, "slots"_a, "places"_a, nb::call_guard<nb::gil_scoped_release>(),
+          "Copies each of `pages` to the slots from 16 * its place on. Raises EngineError when one cannot be\n"
+          "read.")
       .def(
           "move", [](SlotStore& s, const Slots& of, uint32_t place, uint32_t to) { s.move(of.arrays, place, to); }, "slots"_a,
           "place"_a, "to"_a, nb::call_guard<nb::gil_scoped_release>(), "Copies the 16 slots of a place to another.")

@@ -101,6 +101,14 @@ void bind_store(nb::module_& m) {
              return to_bytes(unlocked([&] { return s.need(page); }), s.page_bytes());
            },
            "page"_a, "The page, read if it is not in memory. Raises EngineError when it cannot be.")
+      .def("refill",
+           [](PageStore& s, uint32_t page, const nb::bytes& data) {
+             check_size(s, data);
+             uint8_t* const to = unlocked([&] { return s.refill(page); });
+             if (to) std::memcpy(to, data.c_str(), data.size());
+             return to != nullptr;
+           },
+           "page"_a, "data"_a, "Brings a page to memory whose content the caller has; False when it needs or finds no slot.")
       .def("read_sections", &read_sections, "places"_a, "The sections at (page, section), read past the slots.")
       .def("rewind", &PageStore::rewind, "count"_a, nb::call_guard<nb::gil_scoped_release>(),
            "Forgets the pages from `count` on.")

@@ -51,6 +51,8 @@ uint64_t stress(const char* directory, uint32_t slots, uint32_t delay_us) {
     for (uint32_t i = 0; !versions.empty() && i < rng() % (slots - 2); ++i) set.push_back(rng() % versions.size());
     store.want(set.data(), set.size() / 2);  // the other half was not foreseen
     add();
+    const uint32_t known = rng() % versions.size();
+    if (uint8_t* const to = store.refill(known)) fill(to, known, versions[known]);
     std::vector<uint8_t> out(set.size() * kSectionBytes);
     std::vector<PageStore::SectionRead> reads;
     for (size_t i = 0; i < set.size(); ++i)
