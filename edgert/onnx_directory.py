@@ -21,7 +21,7 @@ from .errors import ModelFileError, UnsupportedModelError
 from .models import BadModelMetadata, ModelSpec, UnsupportedArchitecture, spec_from_dict
 from .models.reader import Reader
 
-FORMAT = 1
+FORMAT = 2
 QUANTS = ("f32", "f16", "int8", "int4")
 KVS = ("f32", "f16")
 GRAPH, DATA, ABOUT, TOKENIZER = "model.onnx", "model.onnx.data", "edgert.json", "tokenizer.gguf"

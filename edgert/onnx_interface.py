@@ -25,8 +25,6 @@ OPERATORS = {
             "Abs": "",
             "Add": "",
             "ArgMax": "axis keepdims",
-            "BitShift": "direction",
-            "BitwiseAnd": "",
             "Cast": "to",
             "Concat": "axis",
             "Conv": "group",

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from .cost import KV_ELEMENT_BYTES
 from .memory_left import PYTHON_BYTES
-from .onnx_interface import BLOCK, ITEM_BYTES, UINT8, matrices
+from .onnx_interface import BLOCK, ITEM_BYTES, UINT8, code_bits, matrices
 from .onnx_sparse_plan import store_parts
 from .planner import Part
 
@@ -42,7 +42,7 @@ ACTIVATIONS = 1.5  # times the values of a layer: what a pass takes of the arena
 # A text of n tokens has TOKENS * n**GROWTH different ones (Heaps' law). With the row of one the system maps
 # AROUND bytes; SHARE and TOGETHER say how near in the vocabulary they are.
 TOKENS, GROWTH = 3.4, 0.68
-AROUND = {"int4": 1 << 17, "int8": 3 << 16, "f16": 5 << 17, "f32": 5 << 17}
+AROUND = {"int4": 3 << 16, "int8": 3 << 16, "f16": 5 << 17, "f32": 5 << 17}
 SHARE, TOGETHER = 0.35, 0.68
 SLOTS_AGAIN = 6200  # for which a long text had scores twice in the arena, where all layers have as many
 FLASH_STEPS = 8  # that score other rows with a FlashHead; those of later ones were there before
@@ -63,14 +63,13 @@ class Held:
 
 def held(spec: ModelSpec, quant: str, graph: Graph, flash: bool) -> Held:
     """The weights of ``spec`` as ``quant``, with the FlashHead of ``graph`` where there is one."""
-    bits = {"int8": 8, "int4": 4}.get(quant, 0)
     by = products(graph)
     of_flash, tables = _flash_bytes(graph, by)
     packed, mapped, rows, extra = of_flash, 0, 0, 0
     head = "token_embd.weight" if spec.tied_head else "output.weight"
     for name, n, cols in matrices(spec):
-        count = n * cols
-        blocks = count // BLOCK if bits and cols % BLOCK == 0 else 0
+        count, bits = n * cols, code_bits(name, cols, quant)
+        blocks = count // BLOCK if bits else 0
         stored = count * bits // 8 if blocks else count * (4 if quant == "f32" else 2)
         if name != "token_embd.weight" or spec.tied_head:
             packed += stored + BLOCK_BYTES * blocks if blocks else 4 * count

@@ -55,12 +55,13 @@ def decode_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
 def head_steps(directory: OnnxDirectory, graph: Graph, head: str, rates: Rates) -> list[Step]:
     """The head's part of one token, of "exact" that of a draft."""
     _, dense, flash = bytes_of_a_step(graph, directory)
+    quant = _of_head(directory.quant)
     if head == "dense":
-        return [_product(directory.quant, "head", dense, rates, 1)]
+        return [_product(quant, "head", dense, rates, 1)]
     rows = chosen_row_bytes(graph, directory)
     nodes = sum(1 for _ in all_nodes(graph)) - len(graph.nodes)
     return [
-        _product(directory.quant, "head", flash - rows, rates, 1),
+        _product(quant, "head", flash - rows, rates, 1),
         Step("sieve", rows / GATHERED, rows, "memory"),
         Step("choice", CHOICE * directory.spec.vocab_size + FLASH_NODE * nodes, 0, "fixed"),
     ]
@@ -90,8 +91,13 @@ def prefill_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]
         Step("body", one.seconds * passes, round(one.bytes * passes), one.limit),
         Step("attention", pairs / (PROMPT_ATTENTION * rates.fp32), 0, "arithmetic"),
         Step("fixed", NODE * len(case.graph.nodes) * passes, 0, "fixed"),
-        _product(quant, "head", dense, rates, 1),
+        _product(_of_head(quant), "head", dense, rates, 1),
     )
+
+
+def _of_head(quant: str) -> str:
+    """How the head's matrix is stored."""
+    return "int8" if quant == "int4" else quant
 
 
 def _product(quant: str, name: str, stored: int, rates: Rates, tokens: int) -> Step:
@@ -127,7 +133,7 @@ def _exact(case: OnnxCase, rates: Rates, drafts: list[Step], dense: int) -> list
     agreement = found if isinstance(found, float) and 0 < found < 1 else 0.99
     tokens = (1 - agreement**LONGEST) / (1 - agreement)
     share = LONGEST / tokens
-    whole = _product(case.directory.quant, "confirming", dense, rates, LONGEST)
+    whole = _product(_of_head(case.directory.quant), "confirming", dense, rates, LONGEST)
     return [
         *(Step(s.name, s.seconds * share, round(s.bytes * share), s.limit) for s in drafts),
         Step(whole.name, whole.seconds / tokens, round(whole.bytes / tokens), whole.limit),

@@ -29,6 +29,7 @@ from edgert.download import file_sha256
 from edgert.engines import native_spec
 from edgert.errors import EdgertError, EngineError, UsageError
 from edgert.locate import find_sidecar
+from edgert.onnx_directory import FORMAT
 from edgert.sidecar import Sidecar
 from edgert.tokenizer import Tokenizer
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from edgert.export.onnx_flash import Flash
     from edgert.models import ModelSpec
 
-FORMAT = 1
 QUANT, KV, CONTEXT = "int4", "f32", 4096
 GRAPH, DATA, ABOUT, TOKENIZER = "model.onnx", "model.onnx.data", "edgert.json", "tokenizer.gguf"
 

@@ -55,7 +55,7 @@ def test_a_directory_is_complete_and_described(tmp_path: Path, name: str) -> Non
     assert about["model"]["sha256"] == hashlib.sha256(model.path.read_bytes()).hexdigest()
     spec = _spec(model.path)
     assert about["spec"] == json.loads(json.dumps(spec.as_dict()))
-    assert (about["format"], about["quant"], about["context"], about["flash_head"]) == (1, "int4", 100, None)
+    assert (about["format"], about["quant"], about["context"], about["flash_head"]) == (2, "int4", 100, None)
     assert list(tmp_path.iterdir()) == [target]
 
 

@@ -254,7 +254,7 @@ FOREIGN: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     ),
     "other blocks": (lambda m: _integer(m, "MatMulNBits", "block_size", 256), "MatMulNBits with sizes"),
     "other bits": (
-        lambda m: _integer(m, "GatherBlockQuantized", "bits", 8),
+        lambda m: _integer(m, "GatherBlockQuantized", "bits", 4),
         "GatherBlockQuantized with sizes",
     ),
     "a cache that is none": (
