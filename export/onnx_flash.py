@@ -21,10 +21,10 @@ int8 in blocks of 32, as MatMulNBits rounds them, and put on the diagonal of a m
 integers with the rows then gives the sum of each block, and scales make logits of these. They are the dense
 head's to the rounding of float32 sums.
 
-Such products of integers are for the CPU: CUDA has none of unsigned bytes. So wherever one is, another branch multiplies floats, of the same weights. :data:`INTEGERS` chooses, a constant in the
-file with the weights: ONNX Runtime puts the chosen branch in the place of the ``If`` and drops the other
-one, so it costs nothing. Who loads the graph for another provider has it replaced by 0
-(``SessionOptions.add_external_initializers``).
+Such products of integers are for the CPU: CUDA has none of unsigned bytes. So wherever one is, another branch
+multiplies floats, of the same weights. :data:`INTEGERS` chooses, a constant in the file with the weights:
+ONNX Runtime puts the chosen branch in the place of the ``If`` and drops the other one, so it costs nothing.
+Who loads the graph for another provider has it replaced by 0 (``SessionOptions.add_external_initializers``).
 """
 
 from __future__ import annotations

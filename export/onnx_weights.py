@@ -7,9 +7,9 @@
                 float32 scales [rows, cols / 32]
 
 Those that rows are taken of lie as [rows, cols] in every type. Blocks are 32 values of one row and their
-scale; value = scale * (code - 128 or 8). With int4 the matrices of layers have four bits, rounded for what they
-meet on calibration text (``export/moments.py``); embeddings and the head have eight. Matrices whose rows are
-no multiple of 32 long are f16 in place of int8 and int4.
+scale; value = scale * (code - 128 or 8). With int4 the matrices of layers have four bits, rounded for what
+they meet on calibration text (``export/moments.py``); embeddings and the head have eight. Matrices whose rows
+are no multiple of 32 long are f16 in place of int8 and int4.
 """
 
 from __future__ import annotations

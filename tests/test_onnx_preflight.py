@@ -107,7 +107,7 @@ def test_every_field_of_a_spec_is_needed_and_checked(kind: type) -> None:
 
 
 ABOUT: dict[str, tuple[Callable[[dict[str, Any]], object], type[EdgertError], str]] = {
-    "a later format": (lambda a: a.update(format=2), UnsupportedModelError, "format = 2"),
+    "a later format": (lambda a: a.update(format=3), UnsupportedModelError, "format = 3"),
     "no format": (lambda a: a.pop("format"), ModelFileError, "format is missing"),
     "an unknown key": (lambda a: a.update(adapter="x"), UnsupportedModelError, "adapter"),
     "another quant": (lambda a: a.update(quant="int2"), UnsupportedModelError, "int2"),
