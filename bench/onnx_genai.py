@@ -1,10 +1,11 @@
 """Exports beside what onnxruntime-genai's own builder makes of the same weights: ``python -m
 edgert.bench.onnx_genai DIR DIR ...``.
 
-Every directory is run in onnxruntime-genai, and edgert's in edgert's engine too, dense head, greedy. The same
-graph is faster or slower by a tenth from one process to the next, as its memory happens to lie; so every
-figure is of several processes that take turns. Times are elapsed ones with ``--threads``; ``--cpu`` gives
-those of the processors, for a machine that is not quiet (with one thread: others spin).
+Every directory is run in onnxruntime-genai, and edgert's in edgert's engine too, greedy, by the dense head and
+by the FlashHead where there is one. The same graph is faster or slower by a tenth from one process to the
+next, as its memory happens to lie; so every figure is of several processes that take turns. Times are elapsed
+ones with ``--threads``; ``--cpu`` gives those of the processors, for a machine that is not quiet (with one
+thread: others spin).
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from edgert.onnx_directory import ABOUT
+from edgert.onnx_directory import ABOUT, OnnxDirectory
 
 PROMPT, STEPS, ROUNDS, CONTEXT = 128, 40, 3, 512
-ENGINE, GENAI = "edgert", "onnxruntime-genai"
+ENGINE, FLASH, GENAI = "edgert", "edgert, FlashHead", "onnxruntime-genai"
 # What a run offers: a function that reads a prompt and one that makes a step, each with its token.
 Run = tuple[Callable[[list[int]], None], Callable[[], None]]
 
@@ -51,10 +52,11 @@ def in_genai(directory: Path, threads: int) -> Callable[[], Run]:
     return start
 
 
-def in_engine(directory: Path, threads: int) -> Callable[[], Run]:
+def in_engine(directory: Path, threads: int, flash: bool) -> Callable[[], Run]:
     import edgert
 
-    model = edgert.load(directory, head="dense", threads=threads, context=CONTEXT)
+    head = "flash" if flash else "dense"
+    model = edgert.load(directory, head=head, threads=threads, context=CONTEXT)
 
     def start() -> Run:
         session, last = model.engine.session(CONTEXT), 0
@@ -65,7 +67,11 @@ def in_engine(directory: Path, threads: int) -> Callable[[], Run]:
 
         def step() -> None:
             nonlocal last
-            last = int(session.step(last).argmax())
+            if flash:
+                ids, logits = session.flash(session.hidden(last), [])
+                last = int(ids[logits.argmax()])
+            else:
+                last = int(session.step(last).argmax())
 
         return prompt, step
 
@@ -75,7 +81,10 @@ def in_engine(directory: Path, threads: int) -> Callable[[], Run]:
 def measure(directory: Path, runtime: str, threads: int, cpu: bool) -> dict[str, float]:
     """Milliseconds of the shortest prompt and step of a process's :data:`ROUNDS`."""
     clock = time.process_time if cpu else time.perf_counter
-    start = (in_genai if runtime == GENAI else in_engine)(directory, threads)
+    if runtime == GENAI:
+        start = in_genai(directory, threads)
+    else:
+        start = in_engine(directory, threads, runtime == FLASH)
     tokens = np.random.default_rng(0).integers(100, 5000, PROMPT).tolist()
     prompts, steps = [], []
     for _ in range(ROUNDS):
@@ -96,7 +105,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--processes", type=int, default=5, help="of each row")
-    parser.add_argument("--runtime", choices=(ENGINE, GENAI), help=argparse.SUPPRESS)  # of one process
+    parser.add_argument("--runtime", choices=(ENGINE, FLASH, GENAI), help=argparse.SUPPRESS)  # of one process
     args = parser.parse_args()
     if args.runtime:
         print(json.dumps(measure(args.directory[0], args.runtime, args.threads, args.cpu)))
@@ -106,6 +115,8 @@ def main() -> int:
         rows[directory, GENAI] = []
         if (directory / ABOUT).exists():
             rows[directory, ENGINE] = []
+            if OnnxDirectory.open(directory).flash_head:
+                rows[directory, FLASH] = []
     for turn in range(args.processes):
         for directory, runtime in sorted(rows, reverse=bool(turn % 2)):
             rows[directory, runtime].append(_process(directory, runtime, args))

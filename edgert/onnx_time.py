@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 # Shares that ONNX Runtime 1.32 reached on one core of an AMD EPYC: of edgert's kernels in products with one
 # token and with many, and of the float32 rate in attention.
-STEP = {"int4": 0.42, "int8": 0.42, "f16": 1.0, "f32": 1.0}
+STEP = {"int4": 0.41, "int8": 0.61, "f16": 1.0, "f32": 1.0}
 PROMPT = {"int4": 0.30, "int8": 0.37, "f16": 2.3, "f32": 2.3}
-STEP_ATTENTION = {"f32": 0.085, "f16": 0.06}  # float16 is made float32 anew for every query head
+STEP_ATTENTION = {"f32": 0.07, "f16": 0.05}  # float16 is made float32 anew for every query head
 PROMPT_ATTENTION = 0.70
-NODE = 6e-6  # seconds of a node in a step, whatever it computes
+NODE = 2.3e-6  # seconds of a node in a step, whatever it computes
 # Of a FlashHead: seconds of a node, most of which have thousands of values; for each token of the vocabulary,
 # of which it takes the best; and bytes a second of low-rank rows, which one thread gathers.
-FLASH_NODE, CHOICE, GATHERED = 12e-6, 4e-9, 10e9
+FLASH_NODE, CHOICE, GATHERED = 6e-6, 2.5e-9, 13e9
 KINDS = {"int4": "Q4_0", "int8": "Q8_0", "f16": "F32", "f32": "F32"}  # float16 is made float32
 # Bytes of a weight as it is stored, with its part of a scale, and as it is packed.
 STORED = {"int4": 20 / 32, "int8": 36 / 32, "f16": 4, "f32": 4}

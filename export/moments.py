@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from edgert.export.calibration_text import Domain, load_domains
 from edgert.export.quantise import Matrix
@@ -44,8 +45,9 @@ class Moments:
         while self._layers <= layer:
             self._run(self._layers)
             self._layers += 1
-        found: Matrix = self._decoder.moments[name].numpy()
-        return found / sum(stream.shape[1] for stream in self._streams)
+        total: Matrix = self._decoder.moments[name].numpy()
+        mean: Matrix = total / np.float32(sum(stream.shape[1] for stream in self._streams))
+        return mean
 
     @torch.no_grad()
     def _run(self, layer: int) -> None:
