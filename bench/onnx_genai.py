@@ -1,8 +1,8 @@
 """Exports beside what onnxruntime-genai's own builder makes of the same weights: ``python -m
 edgert.bench.onnx_genai DIR DIR ...``.
 
-Every directory is run in onnxruntime-genai, and edgert's in edgert's engine too, greedy, by the dense head and
-by the FlashHead where there is one. The same graph is faster or slower by a tenth from one process to the
+Every directory is run in onnxruntime-genai, and edgert's in edgert's engine too, greedy, by the dense head
+and by the FlashHead where there is one. The same graph is faster or slower by a tenth from one process to the
 next, as its memory happens to lie; so every figure is of several processes that take turns. Times are elapsed
 ones with ``--threads``; ``--cpu`` gives those of the processors, for a machine that is not quiet (with one
 thread: others spin).
