@@ -18,11 +18,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from edgert.onnx_directory import ABOUT, OnnxDirectory
+
+if TYPE_CHECKING:
+    from edgert.engines.onnx import OnnxEngine
 
 PROMPT, STEPS, ROUNDS, CONTEXT = 128, 40, 3, 512
 ENGINE, FLASH, GENAI = "edgert", "edgert, FlashHead", "onnxruntime-genai"
@@ -59,7 +62,7 @@ def in_engine(directory: Path, threads: int, flash: bool) -> Callable[[], Run]:
     model = edgert.load(directory, head=head, threads=threads, context=CONTEXT)
 
     def start() -> Run:
-        session, last = model.engine.session(CONTEXT), 0
+        session, last = cast("OnnxEngine", model.engine).session(CONTEXT), 0
 
         def prompt(tokens: list[int]) -> None:
             nonlocal last
