@@ -30,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
         choices=("f32", "f16", "int8", "int4"),
-        help="type of matrices: of an ONNX export (default: int4), of a directory's in a .gguf file "
-        f"(default: {QUANT})",
+        help=f"type of matrices: of an ONNX export, of a directory's in a .gguf file (default: {QUANT})",
     )
     parser.add_argument(
         "--flash-head",

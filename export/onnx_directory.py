@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from edgert.export.onnx_flash import Flash
     from edgert.models import ModelSpec
 
-QUANT, KV, CONTEXT = "int4", "f32", 4096
+QUANT, KV, CONTEXT = "int8", "f32", 4096
 GRAPH, DATA, ABOUT, TOKENIZER = "model.onnx", "model.onnx.data", "edgert.json", "tokenizer.gguf"
 
 Note = Callable[[str], None]
