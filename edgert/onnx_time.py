@@ -27,6 +27,7 @@ NODE = 2.3e-6  # seconds of a node in a step, whatever it computes
 # Of a FlashHead: seconds of a node, most of which have thousands of values; for each token of the vocabulary,
 # of which it takes the best; and bytes a second of low-rank rows, which one thread gathers.
 FLASH_NODE, CHOICE, GATHERED = 6e-6, 2.5e-9, 13e9
+WORTH = 0.5
 KINDS = {"int4": "Q4_0", "int8": "Q8_0", "f16": "F32", "f32": "F32"}  # float16 is made float32
 # Bytes of a weight as it is stored, with its part of a scale, and as it is packed.
 STORED = {"int4": 20 / 32, "int8": 36 / 32, "f16": 4, "f32": 4}
@@ -68,14 +69,15 @@ def head_steps(directory: OnnxDirectory, graph: Graph, head: str, rates: Rates) 
 
 
 def faster_head(directory: OnnxDirectory, graph: Graph, rates: Rates) -> str:
-    """The head whose part of a step is expected to be shorter: "dense", or "flash" where there is one."""
+    """The head to take: "flash" where there is one and its part of a step is expected to be at most
+    :data:`WORTH` times the dense head's, which never misses a token."""
     if not directory.flash_head:
         return "dense"
 
     def seconds(head: str) -> float:
         return sum(step.seconds for step in head_steps(directory, graph, head, rates))
 
-    return "flash" if seconds("flash") < seconds("dense") else "dense"
+    return "flash" if seconds("flash") < WORTH * seconds("dense") else "dense"
 
 
 def prefill_steps(case: OnnxCase, rates: Rates, length: int) -> tuple[Step, ...]:
