@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 from .detect import ROOT, read_text
@@ -20,10 +19,14 @@ _SETTINGS = "sys/kernel/mm/transparent_hugepage"
 _MADV_COLLAPSE = 25  # Linux 6.1
 
 
-def collapse(root: Path = ROOT) -> int:
-    """Move this process's memory to huge pages, where all small pages of one are there already, so that
-    nothing grows. Returns the bytes that were moved: 0 where the system has no huge pages, forbids them or
-    cannot do it (before Linux 6.1, or where no free memory lies together)."""
+Addresses = list[tuple[int, int]]  # from, up to
+
+
+def collapse(known: Addresses, root: Path = ROOT) -> int:
+    """Move this process's memory to huge pages, but for what :func:`anonymous` found before, ``known``, and
+    only where all small pages of one are there already, so that nothing grows. Returns the bytes that were
+    moved: 0 where the system has no huge pages, forbids them or cannot do it (before Linux 6.1, or where no
+    free memory lies together)."""
     size = huge_page(root)
     if not size:
         return 0
@@ -32,8 +35,12 @@ def collapse(root: Path = ROOT) -> int:
     libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     there = (ctypes.c_ubyte * (size // mmap.PAGESIZE))()
     moved = 0
-    for start, end in _anonymous(root):
+    for start, end in anonymous(root):
+        if end - start < LEAST:
+            continue
         for at in range(-(-start // size) * size, end - size + 1, size):
+            if any(first < at + size and at < last for first, last in known):
+                continue
             if libc.mincore(at, size, there) or not all(page & 1 for page in there):
                 continue
             if libc.madvise(at, size, _MADV_COLLAPSE) == 0:
@@ -51,10 +58,12 @@ def huge_page(root: Path = ROOT) -> int:
     return int(size) if size.isdigit() else 0
 
 
-def _anonymous(root: Path) -> Iterator[tuple[int, int]]:
-    """Addresses of writable memory of this process that is no file's."""
+def anonymous(root: Path = ROOT) -> Addresses:
+    """Writable memory of this process that is no file's."""
+    found: Addresses = []
     for line in read_text(root / "proc/self/maps").splitlines():
         addresses, permissions, _, _, inode, *name = line.split(maxsplit=5)
-        start, end = (int(part, 16) for part in addresses.split("-"))
-        if permissions == "rw-p" and inode == "0" and end - start >= LEAST and name in ([], ["[heap]"]):
-            yield start, end
+        if permissions == "rw-p" and inode == "0" and name in ([], ["[heap]"]):
+            first, _, last = addresses.partition("-")
+            found.append((int(first, 16), int(last, 16)))
+    return found

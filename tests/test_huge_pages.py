@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgert.platforms.huge_pages import collapse, huge_page
+from edgert.platforms.detect import read_text
+from edgert.platforms.huge_pages import anonymous, collapse, huge_page
 
 HUGE = 2 << 20
+USED = 8 * HUGE
+PATTERN = np.resize(np.arange(251, dtype=np.uint8), USED)
 
 
 def huge_bytes(address: int) -> int:
@@ -40,19 +43,28 @@ def test_a_size_where_they_are_allowed(tmp_path: Path) -> None:
 
 def test_none_where_the_system_forbids_them_or_has_none(tmp_path: Path) -> None:
     never = system(tmp_path / "a", "always madvise [never]\n")
-    assert huge_page(never) == collapse(never) == 0
-    assert huge_page(tmp_path / "nothing") == collapse(tmp_path / "nothing") == 0
+    assert huge_page(never) == collapse([], never) == 0
+    assert huge_page(tmp_path / "nothing") == collapse([], tmp_path / "nothing") == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells of huge pages")
 def test_memory_in_use_moves_and_nothing_else_is_taken() -> None:
-    values = np.frombuffer(mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
-    first, used = -values.ctypes.data % HUGE, 8 * HUGE
-    filled = np.resize(np.arange(251, dtype=np.uint8), used)
-    values[first : first + used] = filled
-    values[first + 12 * HUGE] = 1  # one small page of a huge one: not worth 2 MB
-    moved = collapse()
-    huge = huge_bytes(values.ctypes.data)
-    assert (values[first : first + used] == filled).all()
+    kept = filled(np.frombuffer(mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8))
+    before = anonymous()
+    assert any(first <= kept.ctypes.data < last for first, last in before)
+    values = filled(np.frombuffer(mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8))
+    values[-values.ctypes.data % HUGE + 12 * HUGE] = 1  # one small page of a huge one: not worth 2 MB
+    moved = collapse(before)
+    assert moved <= USED  # nothing of what was there before
+    assert (values[-values.ctypes.data % HUGE :][:USED] == PATTERN).all()
+    assert (kept[-kept.ctypes.data % HUGE :][:USED] == PATTERN).all()
+    if "[always]" in read_text(Path("/sys/kernel/mm/transparent_hugepage/enabled")):
+        return  # everything was huge from the start
     # An older Linux, a machine without memory that lies together, or one that pretends to be Linux: none.
-    assert used // 2 <= huge <= used if moved else huge == 0
+    huge = huge_bytes(values.ctypes.data)  # of both, where the system made one mapping of them
+    assert USED // 2 <= huge <= USED if moved else huge == 0
+
+
+def filled(values: np.ndarray) -> np.ndarray:
+    values[-values.ctypes.data % HUGE :][:USED] = PATTERN
+    return values

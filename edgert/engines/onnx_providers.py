@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgert.errors import EngineError, UsageError
 from edgert.onnx_kernels import LISTED, without_kernel
-from edgert.platforms.huge_pages import collapse
+from edgert.platforms.huge_pages import anonymous, collapse
 from edgert.platforms.state import detect_l4t
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ def load_graph(
     if constants:
         values = [runtime.OrtValue.ortvalue_from_numpy(value) for value in constants.values()]
         options.add_external_initializers(list(constants), values)
+    before = anonymous()
     try:
         session = runtime.InferenceSession(str(graph), options, providers=list(_ORDER[provider]))
     except Exception as error:  # whatever ONNX Runtime's classes derive from
@@ -180,5 +181,5 @@ def load_graph(
             "or take provider='cpu'"
         )
     if provider == "cpu":
-        collapse()  # the packed weights
+        collapse(before)  # the packed weights, and nothing of the program that loads them
     return Loaded(session, dict(nodes), "cpu" if provider == "cpu" else "cuda")
